@@ -1,0 +1,106 @@
+"""The parts of a Transformer block: rotary positions, causal attention with qk-norm, and the MLP.
+
+Dimensions: B batch, T position, D model, H heads, E head size (D = H E).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import RunConfig
+
+
+def layer_norm(width: int, config: RunConfig) -> nn.LayerNorm:
+    """LayerNorm with a gain and no bias (paper P, Sec. 2.1)."""
+    return nn.LayerNorm(width, eps=config.layernorm_eps, bias=False)
+
+
+def rotary_table(length: int, head_size: int, base: float) -> Tensor:
+    """Rotations of rotary positions (RoFormer), real view of complex numbers, [T, E/2, 2]."""
+    frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+
+
+def rotate(x_BxTxHxE: Tensor, table_TxEx2: Tensor) -> Tensor:
+    """Turn each neighbouring pair of head dimensions by its position's angle."""
+    pairs = torch.view_as_complex(x_BxTxHxE.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.view_as_complex(table_TxEx2[: pairs.shape[1]]).unsqueeze(1)
+    return torch.view_as_real(turned).flatten(-2).to(x_BxTxHxE.dtype)
+
+
+def transplant(z: Tensor, kappa: float) -> Tensor:
+    """g(z) = sqrt(kappa) z / RMS(z) over the head size (paper P, Sec. 3.3): logits of size about `kappa`."""
+    return math.sqrt(kappa) * z * z.square().mean(-1, keepdim=True).rsqrt()
+
+
+class AttentionCore(nn.Module):
+    """Causal attention of given queries and keys. It has no parameters and is a module so that a
+    forward hook sees q and k exactly as they enter the logits, after norm and rotation."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        self.scale = config.scale
+        self.pointwise = config.attention == "squared_relu"
+
+    def logits(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor) -> Tensor:
+        """z_ij = scale <q_i, k_j>, [B, H, T, T], not masked (paper P, Sec. 3.1.1)."""
+        return q_BxHxTxE @ k_BxHxTxE.mT * self.scale
+
+    def weights(self, z_BxHxTxT: Tensor) -> Tensor:
+        """Attention weights of logits: the causal softmax, or relu(z)^2 / sqrt(T) (Fig. E.11)."""
+        length = z_BxHxTxT.shape[-1]
+        if self.pointwise:
+            return z_BxHxTxT.relu().square().tril() / math.sqrt(length)
+        future = torch.ones(length, length, dtype=torch.bool, device=z_BxHxTxT.device).triu(1)
+        return z_BxHxTxT.masked_fill(future, -math.inf).softmax(-1)
+
+    def forward(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor, v_BxHxTxE: Tensor) -> Tensor:
+        if self.pointwise:
+            return self.weights(self.logits(q_BxHxTxE, k_BxHxTxE)) @ v_BxHxTxE
+        return F.scaled_dot_product_attention(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE, is_causal=True, scale=self.scale)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with rotary positions and optional qk-layernorm."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        d, self.head_size, self.qk_norm = config.d_model, config.d_head, config.qk_norm
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        normed = {"none": None, "head": config.d_head, "model": d}[config.qk_norm]
+        self.q_norm = layer_norm(normed, config) if normed else nn.Identity()
+        self.k_norm = layer_norm(normed, config) if normed else nn.Identity()
+        self.kappa = config.logit_transplant
+        self.core = AttentionCore(config)
+        table = rotary_table(config.seq_len, config.d_head, config.rope_base)
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, x_BxTxD: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BxTxD).chunk(3, dim=-1)
+        if self.qk_norm == "model":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.kappa is not None:
+            q, k = transplant(q, self.kappa), transplant(k, self.kappa)
+        q, k = rotate(q, self.rotary), rotate(k, self.rotary)
+        mixed_BxHxTxE = self.core(q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2))
+        return self.out(mixed_BxHxTxE.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """GELU MLP of hidden size mlp_ratio * D."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        hidden = config.mlp_ratio * config.d_model
+        self.up = nn.Linear(config.d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.d_model, bias=False)
+
+    def forward(self, x_BxTxD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BxTxD)))

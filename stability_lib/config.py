@@ -1,0 +1,215 @@
+"""One training run as data: `RunConfig`, grids of configs, canonical JSON and the run key.
+
+Every field of `RunConfig` determines the result of the run and therefore enters its key. What does
+not (device, host, labels) is recorded beside the result by `runs` and never hashed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping
+
+SCHEMA = 1
+"""Raise it when the same config starts to mean another computation; old keys then no longer match."""
+
+CHOICES = {
+    "qk_norm": ("none", "head", "model"),
+    "attention": ("softmax", "squared_relu"),
+    "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
+    "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
+    "decay": ("independent", "pytorch"),
+    "precision": ("fp32", "bf16"),
+}
+_MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
+                "probe_every", "attention_maps", "beta1", "beta2"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of one run. The defaults are paper P's recipe (Sec. 2.1) at toy width, depth and length.
+
+    Raises `ValueError` or `TypeError` that name the field and the remedy when a value cannot be run.
+    """
+
+    seed: int = 0
+    """Seeds the initialisation and, separately, the order of the training batches."""
+
+    # data
+    data: str = "shakespeare"
+    vocab_size: int | None = None
+    """None: as many symbols as occur in the source. A larger value adds symbols that never occur."""
+    seq_len: int = 64
+    batch_size: int = 32
+    eval_sequences: int = 256
+    """Number of fixed validation sequences, spread evenly over the validation part."""
+
+    # model
+    d_model: int = 64
+    n_layers: int = 3
+    n_heads: int = 4
+    mlp_ratio: int = 4
+    qk_norm: str = "head"
+    """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
+    d_model (Fig. E.8); `none`."""
+    attention: str = "softmax"
+    """`squared_relu`: pointwise relu(z)^2 / sqrt(seq_len) in place of the softmax (Fig. E.11)."""
+    attention_scale: str = "parametrization"
+    """Factor on <q, k>. `parametrization`: 1/d_h under `mup_full`, else 1/sqrt(d_h)."""
+    logit_transplant: float | None = None
+    """kappa of Fig. 10: q and k pass through g(z) = sqrt(kappa) z / RMS(z)."""
+    rope_base: float = 10_000.0
+    layernorm_eps: float = 1e-6
+    parametrization: str = "standard"
+    """muParam variant (Sec. 3.2.4): `mup_simple` scales the LR of linear layers by base fan-in / fan-in,
+    `mup_intermediate` also the head's initial std, `mup_full` also the attention scale, with zero queries."""
+    base_width: int = 256
+    """The d_model at which muParam and the standard parametrization agree."""
+
+    # optimizer
+    lr: float = 1e-2
+    steps: int = 400
+    warmup_steps: int = 20
+    """Linear warm-up (the paper: 5% of all steps), then a cosine to `lr_final`."""
+    lr_final: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decay: str = "independent"
+    """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta."""
+    clip_norm: float | None = 1.0
+    z_loss: float = 1e-4
+    precision: str = "fp32"
+    """`bf16` runs forward and backward under autocast; parameters and optimizer state stay fp32."""
+
+    # divergence: besides non-finite values, a run ends where it passes one of these (None: never)
+    diverge_loss: float | None = None
+    diverge_grad_norm: float | None = None
+
+    # probes
+    probe_every: int = 20
+    """Steps between probes (the first and the last step are always probed); 0: no probes."""
+    attention_maps: int = 0
+    """How many snapshots of one attention pattern (block 0, head 0) to keep over the run."""
+
+    def __post_init__(self):
+        for name, kind in _field_types().items():
+            value = _coerce(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{name} {value!r} is unknown: choose {_listed(CHOICES[name])}")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} must be finite, got {value}: use None where no limit is meant")
+                if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                    least = "zero or more" if name in _MAY_BE_ZERO else "positive"
+                    raise ValueError(f"{name} must be {least}, got {value}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}: "
+                             f"choose one of {_listed([h for h in range(1, self.d_model + 1) if self.d_model % h == 0])}")
+        if self.d_head % 2:
+            raise ValueError(f"head size d_model / n_heads = {self.d_head} is odd: rotary positions turn pairs, "
+                             "choose n_heads so that it is even")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1 and beta2 must be below 1, got {self.beta1} and {self.beta2}")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def scale(self) -> float:
+        """Factor on <q, k> that gives the attention logit."""
+        by_head_size = self.attention_scale == "1/d_h" or (
+            self.attention_scale == "parametrization" and self.parametrization == "mup_full")
+        return 1 / self.d_head if by_head_size else 1 / math.sqrt(self.d_head)
+
+
+def non_default(config: RunConfig) -> dict:
+    """The fields of `config` that differ from their default, as JSON-ready values, sorted by name."""
+    fields = sorted(dataclasses.fields(config), key=lambda field: field.name)
+    return {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}
+
+
+def run_key(config: RunConfig) -> str:
+    """16 hex digits that identify the computation: a hash of the canonical JSON of schema and non-default fields.
+
+    Because defaults are left out, a field added later with a default keeps every old key.
+    """
+    canonical = json.dumps({"schema": SCHEMA, "config": non_default(config)}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def from_dict(values: Mapping) -> RunConfig:
+    """A `RunConfig` from a mapping such as `non_default` returns; an unknown name raises `ValueError`."""
+    _reject_unknown(values)
+    return RunConfig(**values)
+
+
+def replace(config: RunConfig, **changes) -> RunConfig:
+    """`dataclasses.replace` that names an unknown field and the nearest known one."""
+    _reject_unknown(changes)
+    return dataclasses.replace(config, **changes)
+
+
+def grid(base: RunConfig, **axes: Iterable) -> list[RunConfig]:
+    """Every combination of the axes' values set on `base`; the last axis varies fastest.
+
+    An axis is a field with its values, or any name with dicts of fields that change together:
+    `grid(base, size=[dict(d_model=32, n_layers=2), dict(d_model=64, n_layers=3)], lr=[0.01, 0.1])`.
+    """
+    choices = [[value if isinstance(value, Mapping) else {name: value} for value in values]
+               for name, values in axes.items()]
+    return [replace(base, **{k: v for part in parts for k, v in part.items()})
+            for parts in itertools.product(*choices)]
+
+
+def unknown(kind: str, name, known: Iterable[str]) -> str:
+    """The one wording for a name that is not among the known ones."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"choose {_listed(known)}"
+
+
+def _reject_unknown(values: Mapping) -> None:
+    for name in values:
+        if name not in _field_types():
+            raise ValueError(unknown("field", name, _field_types()))
+
+
+def _listed(names: Iterable) -> str:
+    names = [str(name) for name in names]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+_types: dict[str, object] = {}
+
+
+def _field_types() -> dict[str, object]:
+    if not _types:
+        _types.update(typing.get_type_hints(RunConfig))
+    return _types
+
+
+def _coerce(name: str, value, kind):
+    """`value` as the field's type; ints become floats where a float is meant, NumPy scalars become Python's."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in kind.__args__ if k is not types.NoneType)
+    try:
+        if isinstance(value, (str, bool)) != (kind in (str, bool)):
+            raise TypeError
+        if kind is str and isinstance(value, str):
+            return value
+        return {int: operator.index, float: float}[kind](value)
+    except (TypeError, ValueError, KeyError):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}") from None

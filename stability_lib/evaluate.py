@@ -1,0 +1,141 @@
+"""From runs to numbers: LR sensitivity, failing learning rates, and intervals over seeds.
+
+Every estimate is an `Estimate`: a value with a 95% interval. Nothing here trains or draws.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .config import unknown
+
+FAILS_BY = 0.4
+"""A run fails where its LR is above the best one of its LR curve and its final loss this far (nats per token) above
+that curve's best mean loss. Fixed after a pilot with a seed that no study uses."""
+
+LR_WEIGHTS = {
+    "uniform": lambda decades: np.ones(len(decades)),
+    "near_best": lambda decades: np.exp(-decades**2 / 2),
+    "above_best": lambda decades: (decades >= 0).astype(float),
+}
+"""Weights of LR sensitivity by the distance, in decades, from the best LR."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value, its 95% interval and how many independent observations it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def mean(values: Iterable[float]) -> Estimate:
+    """Mean with Student's t interval; with one value the interval is unbounded."""
+    x = np.asarray(list(values), dtype=float)
+    _reject_nan(x)
+    if len(x) < 2:
+        return Estimate(float(x.mean()), -np.inf, np.inf, len(x))
+    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
+
+
+def proportion(successes: int, n: int) -> Estimate:
+    """A share with its exact (Clopper-Pearson) interval. Raises `ValueError` where nothing was observed."""
+    if n == 0:
+        raise ValueError("a proportion of no observations: check that the runs it counts exist")
+    exact = stats.binomtest(successes, n).proportion_ci(method="exact")
+    return Estimate(successes / n, float(exact.low), float(exact.high), n)
+
+
+def capped_loss(runs: pd.DataFrame) -> pd.Series:
+    """min(final loss, loss at init), the loss that enters LR sensitivity (paper P, Sec. 2.2); a diverged run counts
+    as its loss at init. Raises `ValueError` where a finished run has no loss."""
+    broken = runs[(runs["status"] == "ok") & runs["loss_final"].isna()]
+    if len(broken):
+        raise ValueError(f"finished runs without a final loss: {', '.join(broken['key'])}")
+    return runs["loss_final"].where(runs["status"] == "ok", np.inf).clip(upper=runs["loss_init"]).rename("loss")
+
+
+def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform", normalised: bool = False) -> pd.DataFrame:
+    """LR sensitivity of each group `by` and seed: the mean over the LR grid of min(final, init loss) minus the
+    best loss on the grid (paper P, Sec. 2.2).
+
+    Args:
+        weights: `uniform` over the grid as in the paper; `near_best`: a Gaussian in log10 LR, one decade wide,
+            around the seed's best LR, so that learning rates nobody would use count less; `above_best`: only the
+            learning rates from the best one up, so that slow learning at low ones does not count.
+        normalised: divide by the loss the best run took off the initial one.
+
+    Returns one row per group and seed with `lr_sensitivity`, `best_lr` and `best_loss`.
+    Raises `ValueError` where the groups do not share one LR grid.
+    """
+    if weights not in LR_WEIGHTS:
+        raise ValueError(unknown("weights", weights, LR_WEIGHTS))
+    runs = runs.assign(loss=capped_loss(runs))
+    grids = runs.groupby([*by, "seed"])["lr"].agg(lambda lr: tuple(sorted(lr)))
+    if grids.nunique() != 1:
+        raise ValueError(f"LR sensitivity compares groups on one LR grid, these have {grids.nunique()}: select common LRs")
+
+    def one(group: pd.DataFrame) -> pd.Series:
+        best = group.loc[group["loss"].idxmin()]
+        weight = LR_WEIGHTS[weights](np.log10(group["lr"] / best["lr"]))
+        excess = np.average(group["loss"] - best["loss"], weights=weight)
+        scale = best["loss_init"] - best["loss"] if normalised else 1.0
+        return pd.Series({"lr_sensitivity": excess / scale, "best_lr": best["lr"], "best_loss": best["loss"]})
+
+    return runs.groupby([*by, "seed"]).apply(one, include_groups=False).reset_index()
+
+
+def mark_failing(runs: pd.DataFrame, by: list[str]) -> pd.Series:
+    """True where a run diverged, or its LR is above the best LR of its group (by the mean over seeds) and its final
+    loss more than `FAILS_BY` above the best mean loss. A run that learns too slowly at a low LR does not fail."""
+    runs = runs.assign(loss=capped_loss(runs))
+    per_lr = runs.groupby([*by, "lr"])["loss"].mean().reset_index()
+    best = per_lr.loc[per_lr.groupby(by)["loss"].idxmin()].rename(columns={"lr": "best_lr", "loss": "best_loss"})
+    best = runs[by].merge(best, on=by, how="left").set_index(runs.index)
+    too_high = (runs["lr"] > best["best_lr"]) & (runs["loss"] - best["best_loss"] > FAILS_BY)
+    return (too_high | (runs["status"] != "ok")).rename("failing")
+
+
+def stable_lr(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Per group and seed: `failing_lr`, the lowest LR that fails, and `largest_stable_lr`, the largest LR below it.
+
+    Where no LR fails, `failing_lr` is infinite; where the lowest one does, `largest_stable_lr` is 0.
+    """
+    runs = runs.assign(failing=mark_failing(runs, by))
+
+    def one(group: pd.DataFrame) -> pd.Series:
+        failing = group.loc[group["failing"], "lr"].min() if group["failing"].any() else np.inf
+        below = group.loc[group["lr"] < failing, "lr"]
+        return pd.Series({"failing_lr": failing, "largest_stable_lr": below.max() if len(below) else 0.0})
+
+    return runs.groupby([*by, "seed"]).apply(one, include_groups=False).reset_index()
+
+
+def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
+    """The least-squares slope of y on x within each seed, averaged over seeds with a t interval."""
+    slopes = []
+    for _, seed in frame.groupby("seed"):
+        _reject_nan(seed[[x, y]].to_numpy(dtype=float))
+        slopes.append(np.polyfit(seed[x], seed[y], 1)[0])
+    return mean(slopes)
+
+
+def difference(frame: pd.DataFrame, value: str, between: str, high: object, low: object, pair: list[str]) -> Estimate:
+    """Mean of value(high) - value(low) over pairs that agree in `pair`, averaged within each seed first."""
+    wide = frame.pivot_table(index=pair, columns=between, values=value, aggfunc="mean", observed=True)
+    gap = (wide[high] - wide[low]).rename("gap").reset_index()
+    return mean(gap.groupby("seed")["gap"].mean())
+
+
+def _reject_nan(values: np.ndarray) -> None:
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"an estimate needs finite observations, got {values.ravel()[:6]}: drop or cap diverged runs first")

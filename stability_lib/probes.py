@@ -1,0 +1,131 @@
+"""What happens inside a model while it trains, read from outside through hooks that leave nothing behind.
+
+`watch` reads a forward pass, `gradients`, `parameters` and `updates` the weights. All return tensors on the
+model's device under names such as `attention_logit_max/block0`, so that one transfer fetches them all.
+Root mean square throughout: RMS(x) = sqrt(mean(x_i^2)) (paper P, Sec. 2).
+
+Dimensions: B batch, T position, H heads, E head size, V vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+Readings = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def watch(model: nn.Module) -> Iterator[Readings]:
+    """Fill the yielded dict during the forward passes inside the `with`; a later pass overwrites an earlier one.
+
+    Per block: `attention_logit_max` (over batch, heads and causal pairs), `attention_entropy` (nats, mean over
+    queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over causal pairs),
+    `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`. For the head: `logit_mean`
+    (over tokens and vocabulary) and `log_z` (mean over tokens), log Z = logsumexp of the output logits.
+    """
+    readings: Readings = {}
+    hooks = [model.head.register_forward_hook(_read_head(readings))]
+    for i, block in enumerate(model.blocks):
+        hooks.append(block.attention.core.register_forward_hook(_read_attention(readings, f"block{i}")))
+        hooks.append(block.register_forward_hook(_read_output(readings, f"block{i}")))
+    try:
+        yield readings
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def watch_pattern(model: nn.Module, block: int = 0, head: int = 0) -> Iterator[list[Tensor]]:
+    """Collect the attention pattern [T, T] of one head on the first sequence of each forward pass."""
+    patterns: list[Tensor] = []
+
+    @torch.no_grad()
+    def hook(core, inputs, output):
+        q, k, _ = (x[:1, head:head + 1] for x in inputs)
+        patterns.append(core.weights(core.logits(q.float(), k.float()))[0, 0])
+
+    handle = model.blocks[block].attention.core.register_forward_hook(hook)
+    try:
+        yield patterns
+    finally:
+        handle.remove()
+
+
+def parameters(model: nn.Module) -> Readings:
+    """`parameter_rms/<layer>` of every weight matrix."""
+    return _rms("parameter_rms", model.named_weights(Tensor.detach))
+
+
+def gradients(model: nn.Module) -> Readings:
+    """`gradient_rms/<layer>` of every weight matrix; call after `backward` and before clipping."""
+    return _rms("gradient_rms", model.named_weights(lambda weight: weight.grad))
+
+
+@contextlib.contextmanager
+def updates(model: nn.Module) -> Iterator[Readings]:
+    """`update_rms/<layer>`, the change of every weight matrix inside the `with`, filled at its end."""
+    before = model.named_weights(lambda weight: weight.detach().clone())
+    readings: Readings = {}
+    yield readings
+    after = model.named_weights(Tensor.detach)
+    readings.update(_rms("update_rms", {name: after[name] - before[name] for name in before}))
+
+
+def fetch(readings: Readings) -> dict[str, float]:
+    """The readings as floats, in one transfer from the device."""
+    return dict(zip(readings, torch.stack([value.float() for value in readings.values()]).tolist()))
+
+
+def probe_steps(steps: int, every: int) -> list[int]:
+    """The 0-based steps to probe: every `every`-th, the first and the last; none where `every` is 0."""
+    return sorted({*range(0, steps, every), steps - 1}) if every else []
+
+
+def _read_attention(readings: Readings, block: str):
+    @torch.no_grad()
+    def hook(core, inputs, output):
+        q, k = inputs[0].detach().float(), inputs[1].detach().float()
+        z_BxHxTxT = core.logits(q, k)
+        causal_TxT = torch.ones(z_BxHxTxT.shape[-2:], dtype=torch.bool, device=z_BxHxTxT.device).tril()
+        q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
+        largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~causal_TxT, -math.inf).max(-1)
+        largest, query = largest_BxHxT.flatten().max(0)
+        # <q_i, k_j> at the largest logit over the product of the two norms; clamp: a zero query has no direction
+        norms = q_norm.flatten().take(query) * k_norm.gather(-1, key_BxHxT).flatten().take(query)
+        readings[f"attention_logit_max/{block}"] = largest
+        readings[f"qk_cosine_at_max/{block}"] = largest / (core.scale * norms).clamp_min(1e-30)
+        readings[f"q_rms/{block}"] = q.square().mean().sqrt()
+        readings[f"k_rms/{block}"] = k.square().mean().sqrt()
+        # the mean over causal pairs i >= j of <q_i/|q_i|, k_j/|k_j|> needs only running sums of unit keys
+        q_unit, k_unit = (x / n.clamp_min(1e-30).unsqueeze(-1) for x, n in ((q, q_norm), (k, k_norm)))
+        sums = (q_unit * k_unit.cumsum(-2)).sum((-1, -2)).mean()
+        readings[f"qk_cosine/{block}"] = sums / causal_TxT.sum()
+        if not core.pointwise:
+            p_BxHxTxT = core.weights(z_BxHxTxT)
+            readings[f"attention_entropy/{block}"] = torch.special.entr(p_BxHxTxT).sum(-1).mean()
+    return hook
+
+
+def _read_output(readings: Readings, block: str):
+    @torch.no_grad()
+    def hook(module, inputs, output):
+        readings[f"output_rms/{block}"] = output.detach().float().square().mean().sqrt()
+    return hook
+
+
+def _read_head(readings: Readings):
+    @torch.no_grad()
+    def hook(module, inputs, output):
+        logits_BxTxV = output.detach().float()
+        readings["logit_mean"] = logits_BxTxV.mean()
+        readings["log_z"] = logits_BxTxV.logsumexp(-1).mean()
+    return hook
+
+
+def _rms(quantity: str, tensors: dict[str, Tensor]) -> Readings:
+    return {f"{quantity}/{name}": torch.linalg.vector_norm(tensor) / math.sqrt(tensor.numel())
+            for name, tensor in tensors.items()}
