@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-import operator
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -82,7 +82,8 @@ class RunConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     decay: str = "independent"
-    """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta."""
+    """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda
+    theta."""
     clip_norm: float | None = 1.0
     z_loss: float = 1e-4
     precision: str = "fp32"
@@ -110,12 +111,16 @@ class RunConfig:
                 if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                     least = "zero or more" if name in _MAY_BE_ZERO else "positive"
                     raise ValueError(f"{name} must be {least}, got {value}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is odd: rotary positions turn pairs, choose an even one")
+        fitting = _listed([h for h in range(1, self.d_model + 1) if self.d_model % (2 * h) == 0])
         if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}: "
-                             f"choose one of {_listed([h for h in range(1, self.d_model + 1) if self.d_model % h == 0])}")
+            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}: choose one of {fitting}")
         if self.d_head % 2:
-            raise ValueError(f"head size d_model / n_heads = {self.d_head} is odd: rotary positions turn pairs, "
-                             "choose n_heads so that it is even")
+            raise ValueError(f"n_heads {self.n_heads} makes the head size d_model / n_heads = {self.d_head} odd: "
+                             f"rotary positions turn pairs, choose one of {fitting}")
+        if self.attention_maps and not self.n_layers:
+            raise ValueError("attention_maps needs a block to look at: choose attention_maps 0 where n_layers is 0")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
         if max(self.beta1, self.beta2) >= 1:
@@ -205,11 +210,7 @@ def _coerce(name: str, value, kind):
         if value is None:
             return None
         kind = next(k for k in kind.__args__ if k is not types.NoneType)
-    try:
-        if isinstance(value, (str, bool)) != (kind in (str, bool)):
-            raise TypeError
-        if kind is str and isinstance(value, str):
-            return value
-        return {int: operator.index, float: float}[kind](value)
-    except (TypeError, ValueError, KeyError):
-        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}") from None
+    expected = {str: str, int: numbers.Integral, float: numbers.Real}[kind]
+    if isinstance(value, bool) or not isinstance(value, expected):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
+    return kind(value) + 0.0 if kind is float else kind(value)  # + 0.0: -0.0 must not get a key of its own

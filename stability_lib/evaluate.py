@@ -57,14 +57,15 @@ def proportion(successes: int, n: int) -> Estimate:
 
 def capped_loss(runs: pd.DataFrame) -> pd.Series:
     """min(final loss, loss at init), the loss that enters LR sensitivity (paper P, Sec. 2.2); a diverged run counts
-    as its loss at init. Raises `ValueError` where a finished run has no loss."""
-    broken = runs[(runs["status"] == "ok") & runs["loss_final"].isna()]
+    as its loss at init. Raises `ValueError` where a run has no loss at init or a finished one no final loss."""
+    broken = runs[runs["loss_init"].isna() | ((runs["status"] == "ok") & runs["loss_final"].isna())]
     if len(broken):
-        raise ValueError(f"finished runs without a final loss: {', '.join(broken['key'])}")
+        raise ValueError(f"runs without a loss at init, or finished without a final loss: {', '.join(broken['key'])}")
     return runs["loss_final"].where(runs["status"] == "ok", np.inf).clip(upper=runs["loss_init"]).rename("loss")
 
 
-def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform", normalised: bool = False) -> pd.DataFrame:
+def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform",
+                   normalised: bool = False) -> pd.DataFrame:
     """LR sensitivity of each group `by` and seed: the mean over the LR grid of min(final, init loss) minus the
     best loss on the grid (paper P, Sec. 2.2).
 
@@ -72,36 +73,36 @@ def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform
         weights: `uniform` over the grid as in the paper; `near_best`: a Gaussian in log10 LR, one decade wide,
             around the seed's best LR, so that learning rates nobody would use count less; `above_best`: only the
             learning rates from the best one up, so that slow learning at low ones does not count.
-        normalised: divide by the loss the best run took off the initial one.
+        normalised: divide by the loss the best run took off the initial one (NaN where no run took any off).
 
     Returns one row per group and seed with `lr_sensitivity`, `best_lr` and `best_loss`.
     Raises `ValueError` where the groups do not share one LR grid.
     """
     if weights not in LR_WEIGHTS:
         raise ValueError(unknown("weights", weights, LR_WEIGHTS))
-    runs = runs.assign(loss=capped_loss(runs))
-    grids = runs.groupby([*by, "seed"])["lr"].agg(lambda lr: tuple(sorted(lr)))
-    if grids.nunique() != 1:
-        raise ValueError(f"LR sensitivity compares groups on one LR grid, these have {grids.nunique()}: select common LRs")
+    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*by, "seed"], dropna=False)
+    grids = {tuple(group["lr"]) for _, group in groups}
+    if len(grids) != 1:
+        raise ValueError(f"LR sensitivity compares groups on one LR grid, these have {len(grids)}: select common LRs")
 
     def one(group: pd.DataFrame) -> pd.Series:
-        best = group.loc[group["loss"].idxmin()]
+        best = group.iloc[group["loss"].argmin()]
         weight = LR_WEIGHTS[weights](np.log10(group["lr"] / best["lr"]))
         excess = np.average(group["loss"] - best["loss"], weights=weight)
-        scale = best["loss_init"] - best["loss"] if normalised else 1.0
+        scale = (best["loss_init"] - best["loss"] or np.nan) if normalised else 1.0
         return pd.Series({"lr_sensitivity": excess / scale, "best_lr": best["lr"], "best_loss": best["loss"]})
 
-    return runs.groupby([*by, "seed"]).apply(one, include_groups=False).reset_index()
+    return groups.apply(one, include_groups=False).reset_index()
 
 
 def mark_failing(runs: pd.DataFrame, by: list[str]) -> pd.Series:
     """True where a run diverged, or its LR is above the best LR of its group (by the mean over seeds) and its final
     loss more than `FAILS_BY` above the best mean loss. A run that learns too slowly at a low LR does not fail."""
-    runs = runs.assign(loss=capped_loss(runs))
-    per_lr = runs.groupby([*by, "lr"])["loss"].mean().reset_index()
-    best = per_lr.loc[per_lr.groupby(by)["loss"].idxmin()].rename(columns={"lr": "best_lr", "loss": "best_loss"})
-    best = runs[by].merge(best, on=by, how="left").set_index(runs.index)
-    too_high = (runs["lr"] > best["best_lr"]) & (runs["loss"] - best["best_loss"] > FAILS_BY)
+    loss, groups = capped_loss(runs), [runs[name] for name in by]
+    over_seeds = loss.groupby([*groups, runs["lr"]], dropna=False).transform("mean")
+    best_loss = over_seeds.groupby(groups, dropna=False).transform("min")
+    best_lr = runs["lr"].where(over_seeds == best_loss).groupby(groups, dropna=False).transform("min")
+    too_high = (runs["lr"] > best_lr) & (loss - best_loss > FAILS_BY)
     return (too_high | (runs["status"] != "ok")).rename("failing")
 
 
@@ -117,7 +118,7 @@ def stable_lr(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         below = group.loc[group["lr"] < failing, "lr"]
         return pd.Series({"failing_lr": failing, "largest_stable_lr": below.max() if len(below) else 0.0})
 
-    return runs.groupby([*by, "seed"]).apply(one, include_groups=False).reset_index()
+    return runs.groupby([*by, "seed"], dropna=False).apply(one, include_groups=False).reset_index()
 
 
 def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
@@ -125,17 +126,25 @@ def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
     slopes = []
     for _, seed in frame.groupby("seed"):
         _reject_nan(seed[[x, y]].to_numpy(dtype=float))
+        if seed[x].nunique() < 2:
+            raise ValueError(f"a slope needs two values of {x}, got {seed[x].unique()}: add a size, or leave it out")
         slopes.append(np.polyfit(seed[x], seed[y], 1)[0])
     return mean(slopes)
 
 
 def difference(frame: pd.DataFrame, value: str, between: str, high: object, low: object, pair: list[str]) -> Estimate:
-    """Mean of value(high) - value(low) over pairs that agree in `pair`, averaged within each seed first."""
-    wide = frame.pivot_table(index=pair, columns=between, values=value, aggfunc="mean", observed=True)
-    gap = (wide[high] - wide[low]).rename("gap").reset_index()
-    return mean(gap.groupby("seed")["gap"].mean())
+    """Mean of value(high) - value(low) over pairs that agree in `pair` (`seed` is part of it), averaged within each
+    seed first. Raises `ValueError` where a pair is incomplete or not finite."""
+    frame = frame[frame[between].isin([high, low])]
+    _reject_nan(frame[value].to_numpy(dtype=float))
+    wide = frame.groupby([*pair, between], dropna=False)[value].mean().unstack(between)
+    gap = (wide[high] - wide[low]).rename("gap")
+    if gap.isna().any():
+        raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")
+    return mean(gap.groupby("seed").mean())
 
 
 def _reject_nan(values: np.ndarray) -> None:
     if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"an estimate needs finite observations, got {values.ravel()[:6]}: drop or cap diverged runs first")
+        raise ValueError(f"an estimate needs finite observations, got {values.ravel()[:6]}: "
+                         "drop or cap diverged runs first")

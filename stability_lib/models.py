@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         found = {"embed": read(self.embed.weight)}
         for i, block in enumerate(self.blocks):
             found |= {f"block{i}.{part}": rows
-                      for part, rows in zip("qkv", read(block.attention.qkv.weight).chunk(3))}
+                      for part, rows in zip("qkv", read(block.attention.qkv.weight).chunk(3), strict=True)}
             found[f"block{i}.out"] = read(block.attention.out.weight)
             found[f"block{i}.mlp_up"] = read(block.mlp.up.weight)
             found[f"block{i}.mlp_down"] = read(block.mlp.down.weight)
@@ -91,15 +91,14 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 
 
 def n_params(config: RunConfig) -> int:
-    """Paper P's N: all parameters but the embedding and the head."""
-    d, ratio = config.d_model, config.mlp_ratio
-    qk_gains = {"none": 0, "head": 2 * config.d_head, "model": 2 * d}[config.qk_norm]
-    return config.n_layers * ((4 + 2 * ratio) * d * d + 2 * d + qk_gains) + d
+    """Paper P's N, all parameters but the embedding and the head, less the norm gains (under 3%): so a size has one
+    N with and without qk-norm."""
+    return config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2
 
 
 def training_flops(config: RunConfig, vocab_size: int) -> float:
     """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
     backward, and 12 D T per block and token for attention scores and mixing."""
-    matrices = config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2 + config.d_model * vocab_size
+    matrices = n_params(config) + config.d_model * vocab_size
     per_token = 6 * matrices + 12 * config.n_layers * config.d_model * config.seq_len
     return per_token * config.batch_size * config.seq_len * config.steps

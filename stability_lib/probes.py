@@ -46,7 +46,8 @@ def watch_pattern(model: nn.Module, block: int = 0, head: int = 0) -> Iterator[l
     @torch.no_grad()
     def hook(core, inputs, output):
         q, k, _ = (x[:1, head:head + 1] for x in inputs)
-        patterns.append(core.weights(core.logits(q.float(), k.float()))[0, 0])
+        with _full_precision(q.device.type):
+            patterns.append(core.weights(core.logits(q.float(), k.float()))[0, 0])
 
     handle = model.blocks[block].attention.core.register_forward_hook(hook)
     try:
@@ -77,7 +78,7 @@ def updates(model: nn.Module) -> Iterator[Readings]:
 
 def fetch(readings: Readings) -> dict[str, float]:
     """The readings as floats, in one transfer from the device."""
-    return dict(zip(readings, torch.stack([value.float() for value in readings.values()]).tolist()))
+    return dict(zip(readings, torch.stack([value.float() for value in readings.values()]).tolist(), strict=True))
 
 
 def probe_steps(steps: int, every: int) -> list[int]:
@@ -89,7 +90,8 @@ def _read_attention(readings: Readings, block: str):
     @torch.no_grad()
     def hook(core, inputs, output):
         q, k = inputs[0].detach().float(), inputs[1].detach().float()
-        z_BxHxTxT = core.logits(q, k)
+        with _full_precision(q.device.type):
+            z_BxHxTxT = core.logits(q, k)
         causal_TxT = torch.ones(z_BxHxTxT.shape[-2:], dtype=torch.bool, device=z_BxHxTxT.device).tril()
         q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
         largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~causal_TxT, -math.inf).max(-1)
@@ -108,6 +110,12 @@ def _read_attention(readings: Readings, block: str):
             p_BxHxTxT = core.weights(z_BxHxTxT)
             readings[f"attention_entropy/{block}"] = torch.special.entr(p_BxHxTxT).sum(-1).mean()
     return hook
+
+
+def _full_precision(device_type: str):
+    """Autocast off: inside the forward pass of a bf16 run it would round the product of fp32 tensors to bf16."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 def _read_output(readings: Readings, block: str):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -38,6 +39,8 @@ CURVE_POINTS = 100
 MIN_FREE_BYTES = 20_000_000
 HEADLESS = "STABILITY_LIB_HEADLESS"
 """Set to 1 (the batch runner does) to silence progress bars."""
+OUTCOME = ("status", "stop_step", "reason", "loss_init", "loss_final", "curves", "patterns")
+"""What a row holds besides schema, key, config and provenance."""
 
 
 class StoreError(RuntimeError):
@@ -63,9 +66,10 @@ def project_root() -> Path:
 
 
 def locate(study: str) -> Store:
-    """The store of a study. The environment variable STABILITY_LIB_RUNS names another folder for local runs."""
+    """The store of a study. The environment variable STABILITY_LIB_RUNS names another folder for local runs (a relative
+    one lies under `project_root`, so that notebooks and scripts mean the same)."""
     folder = project_root() / "data" / "runs"
-    local = Path(os.environ.get("STABILITY_LIB_RUNS") or folder / "local")
+    local = project_root() / (os.environ.get("STABILITY_LIB_RUNS") or folder / "local")
     return Store(local / f"{study}.jsonl", folder / f"{study}.jsonl")
 
 
@@ -75,28 +79,35 @@ def read(path: Path) -> dict[str, dict]:
     A torn last line (no line end) is skipped with a warning. Raises `StoreError` that names file and line where a
     line is corrupt, was edited so that its key no longer fits, or comes from a newer version.
     """
-    if not path.exists():
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StoreError(f"cannot read {path} ({error.strerror}): make it a file you may read") from error
     if rest:
-        warnings.warn(f"{path}: the last line is torn (a run was cut off while it was written) and is skipped", stacklevel=2)
+        warnings.warn(f"{path}: the last line is torn (a run was cut off while it was written) and is skipped",
+                      stacklevel=2)
     rows = {}
     for number, line in enumerate(lines, start=1):
+        where = f"{path} line {number}"
         try:
             row = json.loads(line)
-            schema, key, fields = row["schema"], row["key"], row["config"]
+            schema, key, fields = int(row["schema"]), row["key"], row["config"]
+            if schema == SCHEMA and (absent := {*OUTCOME, "provenance"} - set(row)):
+                raise ValueError(f"it lacks {', '.join(sorted(absent))}")
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} line {number} is corrupt ({error}): delete that line, its run will be trained again") from None
+            raise StoreError(f"{where} is corrupt ({error}): delete that line, its run will be trained again") from None
         if schema > SCHEMA:
-            raise StoreError(f"{path} line {number} was written by a newer version (schema {schema}, this one reads "
+            raise StoreError(f"{where} was written by a newer version (schema {schema}, this one reads "
                              f"up to {SCHEMA}): upgrade stability_lib")
         if schema == SCHEMA:
             try:
                 fits = run_key(from_dict(fields)) == key
             except (TypeError, ValueError) as error:
-                raise StoreError(f"{path} line {number}: {error}; upgrade stability_lib or delete that line") from None
+                raise StoreError(f"{where}: {error}; upgrade stability_lib or delete that line") from None
             if not fits:
-                raise StoreError(f"{path} line {number}: the config does not belong to the key {key}: restore or delete that line")
+                raise StoreError(f"{where}: the config does not belong to the key {key}: restore or delete that line")
             rows[key] = row
     return rows
 
@@ -125,9 +136,11 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
     store = study if isinstance(study, Store) else locate(study)
     keyed = [(run_key(config), config) for config in configs]
     wanted = dict(keyed)
-    _flush_unsaved(store)
-    known = {} if recompute else load(store)
-    missing = {key: config for key, config in wanted.items() if key not in known}
+    if _unsaved.get(store.local):
+        with _only_trainer(store.local):
+            _write_unsaved(store.local)
+    known = load(store)
+    missing = {key: config for key, config in wanted.items() if recompute or key not in known}
     name = store.local.stem
     if not missing:
         print(f"{name}: all {len(wanted)} runs are cached")
@@ -136,10 +149,9 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
     if max_new is not None and len(missing) > max_new:
         raise MissingRuns(f"{name}: {len(missing)} of {len(wanted)} runs are not cached and max_new allows {max_new}: "
                           "raise max_new, or recompute='missing' in a notebook, to train them")
-    workers = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
+    workers = workers or _default_workers(device)
     for config in {replace(c, seed=0, lr=1.0): c for c in missing.values()}.values():
         data.vocab_size(config), data.validation(config)
-    _check_writable(store.local)
     with _only_trainer(store.local):
         if not recompute:
             known = load(store)
@@ -149,26 +161,28 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
             print(f"{name}: {len(wanted) - len(missing)} of {len(wanted)} runs are cached, training "
                   f"{len(missing)} on {device}, about {readable(about)}")
 
-        def keep(row: dict) -> None:
-            _append(store.local, row)
-            known[row["key"]] = row
+        def keep(rows: list[dict]) -> None:
+            finished = {row["key"]: row for row in rows}
+            known.update(finished)
+            _unsaved.setdefault(store.local, {}).update(finished)
+            _write_unsaved(store.local)
 
         _train(missing, keep, device, executor, workers)
     return frame([known[key] for key, _ in keyed])
 
 
 def frame(rows: list[dict]) -> pd.DataFrame:
-    """Tidy rows: key, every config field, `n_params`, `status`, `stop_step`, `reason`, `loss_init`, `loss_final`,
-    `seconds`, `device`, and the dicts `curves` and `provenance` (see `curve`)."""
+    """Tidy rows: key, every config field, `n_params`, `status`, `stop_step`, `reason`, `loss_init`, `loss_final`, the
+    dicts `curves` (see `curve`) and `patterns`, `seconds`, `device`, and the dict `provenance`."""
     table = []
     for row in rows:
-        config = from_dict(row["config"])
-        outcome = {name: row[name] for name in ("status", "stop_step", "reason", "loss_init", "loss_final", "curves", "patterns")}
-        made = row["provenance"]
-        table.append({"key": row["key"], **dataclasses.asdict(config), "n_params": models.n_params(config), **outcome,
+        config, made = from_dict(row["config"]), row["provenance"]
+        table.append({"key": row["key"], **dataclasses.asdict(config), "n_params": models.n_params(config),
+                      **{name: row[name] for name in OUTCOME},
                       "seconds": made["seconds"], "device": made["device"], "provenance": made})
-    result = pd.DataFrame(table)
-    return result.astype({"loss_init": float, "loss_final": float}) if table else result
+    columns = ["key", *(field.name for field in dataclasses.fields(RunConfig)), "n_params", *OUTCOME,
+               "seconds", "device", "provenance"]
+    return pd.DataFrame(table, columns=columns).astype({"loss_init": float, "loss_final": float})
 
 
 def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -179,7 +193,7 @@ def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
     steps = "step" if quantity in ("loss", "gradient_norm") else "probe_step"
     have = runs[[quantity in curves for curves in runs["curves"]]]
     if have.empty:
-        recorded = sorted({name.split("/")[0] for curves in runs["curves"] for name in curves})
+        recorded = sorted({name.split("/")[0] for curves in runs["curves"] for name in curves if "step" not in name})
         raise KeyError(f"no run recorded {quantity!r}: recorded are {', '.join(recorded)} (per block as name/block0)")
     scalars = have.drop(columns=["curves", "patterns", "provenance"])
     long = scalars.assign(step=[c[steps] for c in have["curves"]], value=[c[quantity] for c in have["curves"]])
@@ -187,7 +201,8 @@ def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def peak(runs: pd.DataFrame, quantity: str) -> pd.Series:
-    """Per run, the largest recorded value over training of all curves called `quantity` or `quantity/...`."""
+    """Per run, the largest finite value over training of all curves called `quantity` or `quantity/...`; NaN where the
+    run recorded none."""
     def largest(curves):
         values = [v for name, curve in curves.items() if name.split("/")[0] == quantity or name == quantity
                   for v in curve if v is not None]
@@ -203,7 +218,7 @@ def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", 
     known = {} if recompute else load(store)
     missing = [config for key, config in configs.items() if key not in known]
     device = resolve_device(device)
-    workers = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
+    workers = workers or _default_workers(device)
     return {"cached": len(configs) - len(missing), "missing": len(missing),
             "flops": sum(models.training_flops(config, data.vocab_size(config)) for config in missing),
             "seconds": estimate_seconds(missing, device) / workers if missing else 0.0}
@@ -217,14 +232,20 @@ def promote(study: str, configs: Iterable[RunConfig], source: Path) -> int:
     rows, keys = read(source), list(dict.fromkeys(run_key(config) for config in configs))
     absent = [key for key in keys if key not in rows]
     if absent:
-        raise MissingRuns(f"{source} lacks {len(absent)} of the {len(keys)} runs of {study!r}: train them before promoting")
+        raise MissingRuns(f"{source} lacks {len(absent)} of the {len(keys)} runs of {study!r}: "
+                          "train them before promoting")
     target = locate(study).reference
     draft = target.with_suffix(".tmp")
-    with open(draft, "wb") as file:
-        file.writelines(_line(rows[key]) for key in keys)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, target)
+    try:
+        with open(draft, "wb") as file:
+            file.writelines(_line(rows[key]) for key in keys)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {target} ({error.strerror}): make room or make it writable; the reference is "
+                         "as it was") from error
     return len(keys)
 
 
@@ -239,12 +260,17 @@ def estimate_seconds(configs: list[RunConfig], device: str) -> float:
 def _step_cost(device: str) -> tuple[float, float]:
     flops, seconds = [], []
     for shape in (dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)):
-        short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0) for steps in (3, 10))
+        short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0)
+                       for steps in (3, 10))
         taken = train_run(long, device).seconds - train_run(short, device).seconds
         flops.append(models.training_flops(long, data.vocab_size(long)) / long.steps)
         seconds.append(max(taken, 1e-6) / (long.steps - short.steps))
     per_flop = max((seconds[1] - seconds[0]) / (flops[1] - flops[0]), 1e-15)
     return max(0.0, seconds[0] - per_flop * flops[0]), per_flop
+
+
+def _default_workers(device: str) -> int:
+    return loky.cpu_count() if device == "cpu" else 1
 
 
 def readable(seconds: float) -> str:
@@ -257,18 +283,19 @@ def readable(seconds: float) -> str:
 
 # training what is missing
 
-def _train(missing: dict[str, RunConfig], keep: Callable[[dict], None], device: str, executor, workers: int) -> None:
+def _train(missing: dict[str, RunConfig], keep: Callable[[list[dict]], None], device: str,
+           executor: concurrent.futures.Executor | None, workers: int) -> None:
     """Train the missing runs and `keep` each row as it finishes. A killed worker of the default pool is replaced and
     its run retried, until a pool dies twice without finishing anything."""
     todo = dict(sorted(missing.items(), key=lambda item: -models.training_flops(item[1], 0)))
     barren = 0
     with tqdm(total=len(todo), unit="run", disable=os.environ.get(HEADLESS) == "1") as bar:
 
-        def collect(future: concurrent.futures.Future) -> None:
-            row = _result(future, todo[futures[future]])
-            keep(row)
-            del todo[row["key"]]
-            bar.update()
+        def collect(rows: list[dict]) -> None:
+            keep(rows)
+            for row in rows:
+                del todo[row["key"]]
+            bar.update(len(rows))
 
         while todo:
             pool = executor or loky.get_reusable_executor(
@@ -279,20 +306,20 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[dict], None], device: 
                 for key, config in todo.items():
                     futures[pool.submit(_work, config, device)] = key
                 for future in concurrent.futures.as_completed(futures):
-                    collect(future)
+                    collect([_result(future, todo[futures[future]])])
             except BaseException as error:
-                for future, key in futures.items():
-                    future.cancel()
-                    if key in todo and not isinstance(error, StoreError) and _has_row(future):
-                        collect(future)
                 if executor is None:
                     pool.shutdown(wait=False, kill_workers=True)
+                for future in futures:
+                    future.cancel()
+                collect([future.result() for future, key in futures.items() if key in todo and _has_row(future)])
                 if not isinstance(error, concurrent.futures.BrokenExecutor):
                     raise
                 barren = 0 if len(todo) < before else barren + 1
                 if executor is not None or barren == 2:
+                    remedy = "give a fresh executor" if executor else "set fewer workers if memory is short"
                     raise RuntimeError(f"worker processes died (killed, or out of memory) with {len(todo)} runs to go; "
-                                       "finished runs are kept: call again, with fewer workers if memory is short") from None
+                                       f"finished runs are kept: call again, {remedy}") from None
 
 
 def _has_row(future: concurrent.futures.Future) -> bool:
@@ -359,39 +386,34 @@ def _machine() -> dict:
 
 # writing
 
-_unsaved: dict[Path, list[dict]] = {}
-"""Rows that could not be written (a full disk); the next `ensure` in this process writes them first."""
+_unsaved: dict[Path, dict[str, dict]] = {}
+"""Finished rows by file and key until they are safely written. What could not be written (a full disk) waits here for
+the next `ensure` in this process."""
 
 
-def _append(path: Path, row: dict) -> None:
-    line = _line(row)
+def _write_unsaved(path: Path) -> None:
+    waiting = _unsaved[path]
     try:
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            end = _intact_end(file)
-            file.truncate(end)
-            file.seek(end)
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(end)
-                raise
+        for key in list(waiting):
+            _append(path, _line(waiting[key]))
+            del waiting[key]
     except OSError as error:
-        _unsaved.setdefault(path, []).append(row)
-        remedy = "free some disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
-        raise StoreError(f"cannot write {path} ({error.strerror}): {remedy} and call again in this session; all earlier "
-                         f"runs are kept, and {len(_unsaved[path])} finished run(s) wait in memory") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise StoreError(f"cannot write {path} ({error.strerror}): {'free some space' if full else 'make it writable'} "
+                         "and call again in this session; all earlier runs are kept, and finished ones wait in "
+                         "memory") from None
 
 
-def _flush_unsaved(store: Store) -> None:
-    waiting = _unsaved.pop(store.local, [])
-    for i, row in enumerate(waiting):
+def _append(path: Path, line: bytes) -> None:
+    with open(path, "a+b", buffering=0) as file:
+        end = _intact_end(file)
+        file.truncate(end)
         try:
-            _append(store.local, row)
-        except StoreError:
-            _unsaved[store.local].extend(waiting[i + 1:])
+            while line:
+                line = line[file.write(line):]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(end)
             raise
 
 
@@ -413,25 +435,13 @@ def _line(row: dict) -> bytes:
     return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _check_writable(path: Path) -> None:
-    remedy = "make it writable, or set STABILITY_LIB_RUNS to another folder"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab"):
-            pass
-        with open(path.with_suffix(".lock"), "ab"):
-            pass
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror}): {remedy}") from error
-    stats = os.statvfs(path.parent) if hasattr(os, "statvfs") else None
-    if stats and stats.f_bavail * stats.f_frsize < MIN_FREE_BYTES:
-        raise StoreError(f"less than {MIN_FREE_BYTES // 10**6} MB are free under {path.parent}: free some space, "
-                         "or set STABILITY_LIB_RUNS to another folder")
-
-
 @contextlib.contextmanager
 def _only_trainer(path: Path) -> Iterator[None]:
-    """Hold the study's file lock: a second process waits here, then finds the first one's runs in the store."""
+    """Hold the study's file lock: a second process waits here, then finds the first one's runs in the store.
+
+    Raises `StoreError` where the store cannot be written.
+    """
+    _check_writable(path)
     lock = filelock.FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
@@ -442,3 +452,18 @@ def _only_trainer(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_writable(path: Path) -> None:
+    elsewhere = "or set STABILITY_LIB_RUNS to another folder"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in (path, path.with_suffix(".lock")):
+            with open(file, "ab"):
+                pass
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise StoreError(f"cannot write {path} ({error.strerror}): make it writable, {elsewhere}") from error
+    if free < MIN_FREE_BYTES:
+        raise StoreError(f"less than {MIN_FREE_BYTES // 10**6} MB are free under {path.parent}: free some space, "
+                         f"{elsewhere}")

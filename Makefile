@@ -1,0 +1,53 @@
+# Each target sets up what it needs in $(VENV): on a fresh machine one command suffices.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help reproduce test lab reference promote notebooks audit benchmark lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+reproduce: $(VENV)/ready  ## train every notebook from scratch at scale quick; executed notebooks and report.html in reports/quick
+	$(BIN)/python -m stability_lib reproduce --scale quick --recompute all
+
+test: $(VENV)/ready-test  ## run pytest, then every committed notebook against its committed outputs
+	$(BIN)/python -m pytest
+	STABILITY_LIB_HEADLESS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:warnings notebooks
+
+lab: $(VENV)/ready  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+reference: $(VENV)/ready  ## train the committed reference again (hours; it can be interrupted and goes on)
+	$(BIN)/python -m stability_lib reference
+
+promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=...
+	$(BIN)/python -m stability_lib promote $(STUDY)
+
+notebooks: $(VENV)/ready  ## execute the committed notebooks in place and renew the README's figure
+	STABILITY_LIB_HEADLESS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/python -c "from pathlib import Path; from stability_lib import batch; Path('docs/figure1.png').write_bytes(batch.readme_figure())"
+
+N ?= 5
+audit: $(VENV)/ready  ## train N random reference runs again and compare: make audit N=5
+	$(BIN)/python -m stability_lib audit --n $(N)
+
+benchmark: $(VENV)/ready-test  ## measure the training step, the sweep and the probes; ratios from one run
+	$(BIN)/python benchmarks/training.py
+
+lock: $(VENV)/ready-test  ## write requirements.lock from what is installed in $(VENV)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -f requirements-nodeps.txt | sed 's/+cpu$$//' > requirements.lock
+
+clean:  ## remove the virtual environment and the reports, not your runs
+	rm -rf $(VENV) reports
+
+$(VENV)/ready: pyproject.toml requirements.lock requirements-nodeps.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --constraint requirements.lock --editable .
+	$(PIP_INSTALL) --no-deps --requirement requirements-nodeps.txt
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(PIP_INSTALL) --constraint requirements.lock --editable '.[test]'
+	touch $@

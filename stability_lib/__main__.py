@@ -1,0 +1,98 @@
+"""The command line: `python -m stability_lib reproduce | reference | promote | audit`."""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+from . import batch, data, runs, studies
+from .train import DEVICES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 where something failed or disagreed, 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(prog="python -m stability_lib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    reproduce = commands.add_parser("reproduce", help="execute notebooks and write one HTML report")
+    reproduce.add_argument("notebooks", nargs="*", help="names or numbers; default all")
+    reproduce.add_argument("--scale", default="cpu", help=f"one of {', '.join(studies.SCALES)} (default cpu)")
+    reproduce.add_argument("--recompute", default="missing", help="missing (default), all, or none")
+    reproduce.add_argument("--output", type=Path, help="folder for the results (default reports/<scale>)")
+    reproduce.add_argument("--cell-timeout", type=int, metavar="SECONDS", help="fail a cell that takes longer")
+    reproduce.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                           help="another notebook parameter, its value written as in Python")
+    reproduce.add_argument("--dry-run", action="store_true",
+                           help="only say what would be trained and how long it takes")
+
+    reference = commands.add_parser("reference", help="train the committed reference again")
+    reference.add_argument("studies", nargs="*", help="names; default all")
+
+    promote = commands.add_parser("promote", help="make local runs of a study the committed reference")
+    promote.add_argument("study")
+    promote.add_argument("--scale", default="cpu", help="the grid to promote (default cpu)")
+
+    audit = commands.add_parser("audit", help="train random reference runs again and compare")
+    audit.add_argument("--n", type=int, default=5, help="how many (default 5)")
+    audit.add_argument("--tolerance", type=float, default=0.02,
+                       help="on the final loss of stable runs, in nats (default 0.02)")
+    audit.add_argument("--seed", type=int, help="choose the same runs again")
+
+    for command in (reproduce, reference, audit):
+        command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
+
+    options = parser.parse_args(arguments)
+    try:
+        command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit}
+        return command[options.command](options)
+    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _reproduce(options) -> int:
+    paths = batch.notebooks(options.notebooks)
+    batch.Session(options.scale, options.device, options.recompute)
+    if options.dry_run:
+        print(batch.dry_run(paths, options.scale, options.device, options.recompute).to_string(index=False))
+        return 0
+    parameters = {"scale": options.scale, "device": options.device, "recompute": options.recompute}
+    parameters |= {name: _value(text) for name, text in options.set}
+    output = options.output or runs.project_root() / "reports" / options.scale
+    summary = batch.reproduce(paths, output, parameters, options.cell_timeout)
+    report = batch.write_report(summary, output, parameters)
+    print("\n" + summary.assign(result=summary["error"].replace("", "ok")).drop(columns="error").to_string(index=False))
+    print(f"\nreport: {report}")
+    return int((summary["error"] != "").any())
+
+
+def _value(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _reference(options) -> int:
+    for study in options.studies:
+        studies.configs(study, "cpu")
+    batch.recompute_reference(options.studies or list(studies.STUDIES), options.device)
+    return 0
+
+
+def _promote(options) -> int:
+    configs = studies.configs(options.study, options.scale)
+    count = runs.promote(options.study, configs, runs.locate(options.study).local)
+    print(f"{options.study}: {count} runs are the reference now")
+    return 0
+
+
+def _audit(options) -> int:
+    table = batch.audit(options.n, options.tolerance, options.device, options.seed)
+    print(table.to_string(index=False))
+    print(f"{int(table['agrees'].sum())} of {len(table)} agree (stable runs within {options.tolerance:g} nats)")
+    return int(not table["agrees"].all())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

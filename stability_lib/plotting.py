@@ -1,0 +1,142 @@
+"""One look for every figure, and functions that draw on an axis and return it.
+
+Learning rate on a log axis, model size as a sequential hue, intervention as line style, 95% intervals as bands,
+labels at the lines themselves.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from sklearn.isotonic import IsotonicRegression
+
+from .evaluate import mean
+from .runs import curve
+
+LINE = {"none": "--", "head": "-", "model": ":"}
+"""Line style by qk-norm: dashed without."""
+QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
+
+_END = "line end"
+
+
+def use_style() -> None:
+    """Set the style of all figures; call once per notebook."""
+    sns.set_theme(context="notebook", style="ticks", rc={
+        "figure.dpi": 100, "savefig.dpi": 100, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": "0.92", "axes.titlesize": "medium", "axes.titleweight": "bold",
+        "figure.constrained_layout.use": True, "lines.linewidth": 2})
+
+
+def size_colours(sizes: pd.Series) -> dict[int, tuple]:
+    """A colour per parameter count, darker for larger models."""
+    ordered = sorted(sizes.unique())
+    return dict(zip(ordered, sns.color_palette("crest", len(ordered)), strict=True))
+
+
+def size_label(n: float) -> str:
+    """A parameter count as people say it: 25k, 148k, 1.2B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}" if n < 10 * size else f"{n / size:.0f}{unit}"
+    return f"{n:.0f}"
+
+
+def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval") -> Axes:
+    """Mean over seeds of y against x, a line per size and qk-norm that carries its size at the right end.
+
+    `frame` has `n_params`, `qk_norm`, `seed`, x and y. The band is the 95% t interval, or the `range` of the seeds.
+    """
+    colours, ends = size_colours(frame["n_params"]), []
+    for (n, qk), group in frame.groupby(["n_params", "qk_norm"]):
+        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[n], errorbar=_BANDS[band], legend=False,
+                     linestyle=LINE[qk], err_kws={"alpha": 0.18, "linewidth": 0})
+        last = group[group[x] == group[x].max()]
+        ends.append((last[x].iloc[0], last[y].mean(), size_label(n), colours[n]))
+    return label_ends(ax, ends)
+
+
+def loss_against_lr(ax: Axes, runs: pd.DataFrame) -> Axes:
+    """Final loss (capped at the loss at init) against the learning rate; `runs` needs the column `loss`."""
+    lines(ax, runs, "lr", "loss")
+    ax.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
+    return ax
+
+
+def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
+    """A number per seed against the parameter count N: seeds as dots, mean and 95% interval, a line per qk-norm."""
+    colour, ends = "0.25", []
+    for qk, group in frame.groupby("qk_norm"):
+        sns.lineplot(group, x="n_params", y=y, ax=ax, color=colour, errorbar=_interval, legend=False, marker="",
+                     linestyle=LINE[qk], err_kws={"alpha": 0.12, "linewidth": 0})
+        ax.scatter(group["n_params"], group[y], s=18, color=colour, alpha=0.6, linewidths=0)
+        last = group[group["n_params"] == group["n_params"].max()]
+        ends.append((last["n_params"].iloc[0], last[y].mean(), QK_LABEL[qk], colour))
+    sizes = sorted(frame["n_params"].unique())
+    ax.set(xscale="log", xlabel="parameters N without embedding and head", ylabel=label)
+    ax.set_xticks(sizes, [size_label(n) for n in sizes])
+    ax.minorticks_off()
+    return label_ends(ax, ends) if name_lines else ax
+
+
+def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Axes:
+    """One recorded quantity over training: mean over seeds and their whole range, a line per LR and qk-norm."""
+    frame, ends = curve(runs, quantity), []
+    colours = dict(zip(sorted(frame["lr"].unique()), sns.color_palette("flare", frame["lr"].nunique()), strict=True))
+    for (lr, qk), group in frame.groupby(["lr", "qk_norm"]):
+        sns.lineplot(group, x="step", y="value", ax=ax, color=colours[lr], errorbar=_BANDS["range"], legend=False,
+                     linestyle=LINE[qk], err_kws={"alpha": 0.2, "linewidth": 0})
+        last = group[group["step"] == group["step"].max()]
+        ends.append((last["step"].iloc[0], last["value"].mean(), f"LR {lr:g} {QK_LABEL[qk]}", colours[lr]))
+    ax.set(xlabel="training step", ylabel=label)
+    return label_ends(ax, ends)
+
+
+def pattern(ax: Axes, weights: list[list[float]], title: str) -> Axes:
+    """One attention pattern [query][key] as an image."""
+    ax.imshow(np.asarray(weights), cmap="rocket_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+    return ax
+
+
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, object]]) -> Axes:
+    """Write each line's label right of its end, given as (x, y, text, colour); `show` pushes them apart."""
+    for x, y, text, colour in ends:
+        ax.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
+                    fontsize="small", annotation_clip=False, gid=_END)
+    return ax
+
+
+def show() -> None:
+    """Display the current figure and nothing else, labels at line ends moved apart where they would overlap.
+
+    That can only be done last, when scales and limits are final.
+    """
+    figure = plt.gcf()
+    figure.canvas.draw()
+    for ax in figure.axes:
+        labels = [text for text in ax.texts if text.get_gid() == _END]
+        heights = np.array([ax.transData.transform(label.xy)[1] for label in labels])
+        spread = _apart(heights, 1.25 * labels[0].get_fontsize() * figure.dpi / 72) if labels else heights
+        for label, shift in zip(labels, (spread - heights) * 72 / figure.dpi, strict=True):
+            label.set_position((6, shift))
+    plt.show()
+
+
+def _apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The heights moved as little as possible, in the least-squares sense, so that neighbours are `gap` apart."""
+    order = np.argsort(heights, kind="stable")
+    steps = gap * np.arange(len(heights))
+    moved = np.empty_like(heights)
+    moved[order] = IsotonicRegression().fit_transform(steps, heights[order] - steps) + steps
+    return moved
+
+
+def _interval(values) -> tuple[float, float]:
+    estimate = mean(values)
+    return (estimate.low, estimate.high) if estimate.n > 1 else (estimate.value, estimate.value)
+
+
+_BANDS = {"interval": _interval, "range": ("pi", 100)}

@@ -1,0 +1,69 @@
+"""Shared by all tests: a run that takes a fraction of a second, and what a fresh process makes of the same configs."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from stability_lib import data, models
+from stability_lib.config import RunConfig, non_default
+from stability_lib.train import train_run
+
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.load_profile("steady")
+torch.set_num_threads(1)  # at this size more threads only wait for each other
+
+
+@pytest.fixture
+def tiny() -> RunConfig:
+    return RunConfig(d_model=16, n_layers=2, n_heads=2, seq_len=12, batch_size=4, eval_sequences=8, steps=6,
+                     warmup_steps=2, probe_every=0)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(1234)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def fingerprint(config: RunConfig) -> dict:
+    """What must be the same in every process: batches, validation windows, initial weights and the losses of a run."""
+    batches = torch.Generator().manual_seed(5)
+    result = train_run(config)
+    return {"batches": digest(*(data.sample(config, batches) for _ in range(3))),
+            "validation": digest(data.validation(config)),
+            "weights": digest(*models.build(config, data.vocab_size(config)).parameters()),
+            "losses": [*result.curves["loss"], result.loss_init, result.loss_final]}
+
+
+@pytest.fixture(scope="session")
+def fresh_process():
+    """`fresh_process(config)` is `fingerprint(config)` from a new process with other global random numbers."""
+    found = {}
+
+    def ask(config: RunConfig) -> dict:
+        asked = json.dumps(non_default(config))
+        if asked not in found:
+            code = ("import json, sys, conftest, torch; torch.manual_seed(77); torch.set_num_threads(2); "
+                    "config = conftest.RunConfig(**json.loads(sys.argv[1])); "
+                    "print(json.dumps(conftest.fingerprint(config)))")
+            done = subprocess.run([sys.executable, "-c", code, asked], cwd=Path(__file__).parent, text=True,
+                                  env=os.environ | {"PYTHONHASHSEED": "99"}, capture_output=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            found[asked] = json.loads(done.stdout)
+        return found[asked]
+
+    return ask

@@ -1,0 +1,122 @@
+"""The batch runner checks before it runs, goes on after failures and tells the truth about them."""
+
+import re
+
+import nbformat
+import pytest
+
+from stability_lib import batch, claims, runs, studies
+from stability_lib.__main__ import main
+from stability_lib.config import run_key
+
+PARAMETERS = 'scale = "cpu"\ndevice = "auto"\nrecompute = "missing"'
+PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+PUBLISH = f"""from IPython.display import display
+display({{{claims.MIME!r}: [{{'claim': 'X.1', 'verdict': 'partly'}}]}}, raw=True)"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A notebook folder to fill with `write`."""
+    monkeypatch.setattr(batch, "notebook_folder", lambda: tmp_path)
+    monkeypatch.setenv(runs.HEADLESS, "1")
+    return tmp_path
+
+
+def write(folder, name, *sources):
+    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"),
+             nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+             *map(nbformat.v4.new_code_cell, sources)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["reproduce", "--scale", "fast"], "unknown scale 'fast': choose quick, cpu, gpu or paper"),
+    (["reproduce", "--device", "tpu"], "unknown device 'tpu'.*choose auto, cpu, cuda or mps"),
+    (["reproduce", "--recompute", "some"], "unknown recompute 'some'.*choose missing, all or none"),
+    (["reproduce", "77"], "unknown notebook '77'"),
+    (["reproduce", "01", "--set", "sclae", "3"], "unknown parameter 'sclae': did you mean 'scale'"),
+    (["reproduce", "01", "--set", "scale", "3"], "parameter scale must be str, got int 3"),
+    (["reference", "zlos"], "unknown study 'zlos'"),
+    (["promote", "zlos"], "unknown study 'zlos'"),
+    (["audit", "--device", "abacus"], "unknown device 'abacus'"),
+])
+def test_a_wrong_argument_is_named_with_its_remedy_before_anything_runs(folder, capsys, arguments, message):
+    write(folder, "01_x", "raise SystemExit('this must not run')")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err)
+    assert "..." not in captured.out
+
+
+def test_an_absent_device_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda' is not available here: choose auto or"):
+        batch.Session(device="cuda")
+
+
+@pytest.mark.parametrize("name", ["scale", "device", "recompute"])
+def test_a_session_rejects_a_parameter_of_the_wrong_type(name):
+    with pytest.raises(TypeError, match=f"{name} must be a string, got bool True"):
+        batch.Session(**{name: True})
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_after_failures_and_reports_them(folder, tmp_path, capsys):
+    write(folder, "01_fails", "raise ValueError('told you')")
+    write(folder, "02_dies", "import os\nos._exit(3)")
+    write(folder, "03_hangs", "import time\ntime.sleep(600)")
+    write(folder, "04_works", "assert scale == 'quick'", PLOT, PUBLISH)
+    output = tmp_path / "out"
+    code = main(["reproduce", "--scale", "quick", "--cell-timeout", "5", "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert code == 1
+    assert len(re.findall(r"^0[123]_\w+ FAILED", printed, flags=re.M)) == 3
+    assert "ValueError: told you" in printed
+    assert re.search(r"04_works +[\d.]+ +ok", printed)
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    for text in ("told you", "X.1", "partly", "Title of 04_works", "torch"):
+        assert text in page
+
+
+@pytest.mark.slow
+def test_a_batch_of_working_notebooks_exits_with_zero(folder, tmp_path):
+    write(folder, "01_works", "pass")
+    assert main(["reproduce", "01", "--output", str(tmp_path / "out")]) == 0
+
+
+def test_the_dry_run_counts_runs_and_estimates_the_missing(folder, capsys):
+    write(folder, "01_attention_logit_growth", "raise SystemExit('this must not run')")
+    assert main(["reproduce", "--dry-run"]) == 0
+    assert re.search(r"01_attention_logit_growth +128 +0 +0 +none", capsys.readouterr().out)
+    assert main(["reproduce", "--scale", "quick", "--recompute", "all", "--dry-run"]) == 0
+    missing = len(studies.attention_logit_growth("quick")) + len(studies.attention_patterns("quick"))
+    printed = capsys.readouterr().out
+    assert re.search(rf"01_attention_logit_growth +0 +{missing} +\S+e\+\d+ +\d+ (seconds|minutes)", printed)
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_the_committed_reference_is_exactly_the_cpu_grid(study):
+    rows = runs.read(runs.locate(study).reference)
+    assert list(rows) == [run_key(config) for config in studies.configs(study, "cpu")]
+
+
+def test_no_two_runs_of_a_grid_are_the_same():
+    for study in studies.STUDIES:
+        for scale in studies.SCALES:
+            keys = [run_key(config) for config in studies.configs(study, scale)]
+            assert len(keys) == len(set(keys))
+
+
+def test_every_study_belongs_to_a_chapter():
+    assert {study for chapter in studies.CHAPTERS.values() for study in chapter} == set(studies.STUDIES)
+
+
+@pytest.mark.slow
+def test_the_audit_retrains_reference_runs_and_notices_a_deviation(monkeypatch):
+    monkeypatch.setattr(studies, "STUDIES", {"first_look": lambda scale: studies.first_look(scale)[:1]})
+    assert batch.audit(1, tolerance=0.02, device="cpu")["agrees"].all()
+    assert not batch.audit(1, tolerance=-1.0, device="cpu")["agrees"].any()

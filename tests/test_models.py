@@ -1,0 +1,365 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import digest
+from torch import nn
+
+from stability_lib import blocks, data, models, probes
+from stability_lib.config import CHOICES, RunConfig, replace
+from stability_lib.train import autocast
+
+V = 40
+TRUNCATED_STD = 0.8796256610342398
+"""Standard deviation of a unit normal cut at +-2 (scipy.stats.truncnorm)."""
+
+
+def tokens(config: RunConfig, batch: int = 2) -> torch.Tensor:
+    return torch.randint(V, (batch, config.seq_len))
+
+
+def with_random_gains(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+    return model
+
+
+# causality
+
+@pytest.mark.parametrize("attention, qk_norm, kappa", [
+    *itertools.product(CHOICES["attention"], CHOICES["qk_norm"], [None]), ("softmax", "none", 10.0)])
+def test_logits_have_no_gradient_from_later_tokens(tiny, attention, qk_norm, kappa):
+    config = replace(tiny, seq_len=8, attention=attention, qk_norm=qk_norm, logit_transplant=kappa)
+    model = models.build(config, V)
+    embedded = []
+    model.embed.register_forward_hook(lambda module, inputs, output: embedded.append(output))
+    logits = model(tokens(config))
+    for t in range(config.seq_len):
+        scalar = (logits[:, t] * torch.randn(V)).sum()
+        gradient_T = torch.autograd.grad(scalar, embedded[0], retain_graph=True)[0].abs().sum((0, 2))
+        assert (gradient_T[t + 1:] == 0).all() and (gradient_T[: t + 1] > 0).all()
+
+
+def test_a_shorter_sequence_has_the_same_logits(tiny):
+    model, x = models.build(tiny, V), tokens(tiny)
+    torch.testing.assert_close(model(x[:, :5]), model(x)[:, :5], atol=1e-5, rtol=1e-5)
+
+
+# sizes
+
+@pytest.mark.parametrize("changes", [
+    {}, {"n_layers": 5}, {"d_model": 32, "n_heads": 4}, {"mlp_ratio": 2}, {"qk_norm": "none"}, {"qk_norm": "model"},
+    {"n_layers": 0}, {"attention": "squared_relu", "parametrization": "mup_full"}])
+def test_n_params_counts_the_weights_between_embedding_and_head(tiny, changes):
+    config = replace(tiny, **changes)
+    model = models.build(config, V)
+    gains = sum(p.numel() for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters())
+    outside = model.embed.weight.numel() + model.head.weight.numel()
+    assert models.n_params(config) + gains + outside == sum(p.numel() for p in model.parameters())
+    assert model.embed.weight.shape == model.head.weight.shape == (V, config.d_model)
+
+
+@pytest.mark.parametrize("width, layers", [(32, 2), (64, 3), (128, 2)])
+def test_n_params_is_12_layers_times_width_squared_at_the_papers_mlp(width, layers):
+    config = RunConfig(d_model=width, n_layers=layers)
+    assert models.n_params(config) == 12 * layers * width**2
+    in_blocks = sum(p.numel() for p in models.build(config, V).blocks.parameters())
+    assert 1 <= in_blocks / models.n_params(config) < 1.03
+
+
+def test_no_layer_has_a_bias_and_the_head_is_not_the_embedding(tiny):
+    for qk_norm in CHOICES["qk_norm"]:
+        model = models.build(replace(tiny, qk_norm=qk_norm), V)
+        assert not [name for name, _ in model.named_parameters() if "bias" in name]
+        assert model.head.weight is not model.embed.weight
+
+
+def test_named_weights_are_all_matrices_once_with_query_key_value_apart(tiny):
+    model = models.build(tiny, V)
+    named = model.named_weights()
+    assert list(named) == ["embed", *(f"block{i}.{part}" for i in range(2) for part in
+                                      ("q", "k", "v", "out", "mlp_up", "mlp_down")), "head"]
+    assert sum(w.numel() for w in named.values()) == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    x = torch.randn(1, 3, tiny.d_model)
+    qkv = model.blocks[1].attention.qkv(x).chunk(3, -1)
+    for part, expected in zip("qkv", qkv, strict=True):
+        torch.testing.assert_close(x @ named[f"block1.{part}"].T, expected)
+
+
+def test_training_flops_are_those_of_the_matrix_products(tiny):
+    """PyTorch counts 2 per multiply-add of the forward pass; the backward pass takes twice as many again."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = replace(tiny, attention="squared_relu")  # its matrix products are not hidden in a fused kernel
+    model = models.build(config, V)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(config, config.batch_size))
+    assert models.training_flops(config, V) == 3 * counter.get_total_flops() * config.steps
+
+
+# attention
+
+@pytest.mark.parametrize("factor", [1.0, 1e3])
+@pytest.mark.parametrize("qk_norm", ["head", "model"])
+def test_qk_norm_bounds_the_logits_however_large_the_weights(tiny, qk_norm, factor):
+    """|q|^2 <= d_h after a LayerNorm per head and sum_h |q_h|^2 <= d over the width, and rotations keep norms."""
+    config = replace(tiny, qk_norm=qk_norm)
+    model = models.build(config, V)
+    with torch.no_grad():
+        for name, weight in model.named_weights().items():
+            if name.endswith((".q", ".k")):
+                weight.mul_(factor)
+                weight[:, 0] += factor
+    with probes.watch(model) as readings:
+        model(tokens(config))
+    bound = {"head": config.d_head, "model": config.d_model}[qk_norm] / math.sqrt(config.d_head)
+    for i in range(config.n_layers):
+        assert readings[f"attention_logit_max/block{i}"] <= bound * (1 + 1e-5)
+    if factor > 1:
+        with probes.watch(without_norm(model, config)) as unbounded:
+            model(tokens(config))
+        assert unbounded["attention_logit_max/block0"] > 100 * bound
+
+
+def without_norm(model: nn.Module, config: RunConfig) -> nn.Module:
+    for block in model.blocks:
+        block.attention.q_norm = block.attention.k_norm = nn.Identity()
+    return model
+
+
+def test_heads_share_the_gain_of_their_norm(tiny):
+    model = models.build(tiny, V)
+    assert model.blocks[0].attention.q_norm.weight.shape == (tiny.d_head,)
+    wide = models.build(replace(tiny, qk_norm="model"), V)
+    assert wide.blocks[0].attention.k_norm.weight.shape == (tiny.d_model,)
+    bare = models.build(replace(tiny, qk_norm="none"), V)
+    assert not list(bare.blocks[0].attention.q_norm.parameters())
+
+
+def test_rotary_logits_depend_on_the_distance_only():
+    length, size = 16, 8
+    table = blocks.rotary_table(length, size, 10_000.0)
+    q, k = torch.randn(2, 1, 1, 3, size).expand(2, 1, length, 3, size)
+    turned_q, turned_k = blocks.rotate(q, table), blocks.rotate(k, table)
+    z_HxTxT = torch.einsum("bihe,bjhe->bhij", turned_q, turned_k)[0]
+    for offset in range(-length + 1, length):
+        diagonal = z_HxTxT.diagonal(offset, 1, 2)
+        torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(z_HxTxT[:, 0, 0], (q[0, 0] * k[0, 0]).sum(-1))
+    assert (z_HxTxT[:, 0, 0] - z_HxTxT[:, 5, 0]).abs().min() > 1e-3
+
+
+def test_rotation_turns_neighbouring_pairs_by_position_over_base_powers():
+    length, size, base = 7, 6, 500.0
+    x = torch.randn(1, length, 1, size, dtype=torch.float64)
+    turned = blocks.rotate(x, blocks.rotary_table(length, size, base))
+    for t, pair in itertools.product(range(length), range(size // 2)):
+        angle = t * base ** (-2 * pair / size)
+        a, b = x[0, t, 0, 2 * pair: 2 * pair + 2].tolist()
+        expected = [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+        torch.testing.assert_close(turned[0, t, 0, 2 * pair: 2 * pair + 2].tolist(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_squared_relu_attention_is_the_sum_over_earlier_positions(tiny):
+    config = replace(tiny, attention="squared_relu")
+    core = blocks.AttentionCore(config)
+    q, k, v = torch.randn(3, 2, config.n_heads, config.seq_len, config.d_head)
+    mixed = core(q, k, v)
+    for b, h, i in itertools.product(range(2), range(config.n_heads), range(config.seq_len)):
+        expected = torch.zeros(config.d_head)
+        for j in range(i + 1):
+            z = float(q[b, h, i] @ k[b, h, j]) / math.sqrt(config.d_head)
+            expected += max(z, 0.0) ** 2 / math.sqrt(config.seq_len) * v[b, h, j]
+        torch.testing.assert_close(mixed[b, h, i], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+@pytest.mark.parametrize("scale", ["1/sqrt(d_h)", "1/d_h"])
+def test_the_weights_that_are_shown_are_those_that_mix_the_values(tiny, attention, scale):
+    config = replace(tiny, attention=attention, attention_scale=scale)
+    core = blocks.AttentionCore(config)
+    q, k, v = 2 * torch.randn(3, 2, config.n_heads, config.seq_len, config.d_head)
+    z = core.logits(q, k)
+    torch.testing.assert_close(z, q @ k.mT * {"1/sqrt(d_h)": config.d_head**-0.5, "1/d_h": 1 / config.d_head}[scale])
+    torch.testing.assert_close(core.weights(z) @ v, core(q, k, v), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e3, 1e5])
+def test_a_transplanted_logit_is_at_most_kappa_times_root_head_size(tiny, kappa):
+    """Fig. 10: RMS(q) = RMS(k) = sqrt(kappa), so <q, k> / sqrt(d_h) reaches kappa sqrt(d_h) where q and k agree."""
+    config = replace(tiny, logit_transplant=kappa, qk_norm="none")
+    model = models.build(config, V)
+    with probes.watch(model) as readings:
+        model(tokens(config))
+    for i in range(config.n_layers):
+        assert float(readings[f"q_rms/block{i}"]) == pytest.approx(math.sqrt(kappa), rel=1e-5)
+        assert float(readings[f"k_rms/block{i}"]) == pytest.approx(math.sqrt(kappa), rel=1e-5)
+        assert readings[f"attention_logit_max/block{i}"] <= kappa * math.sqrt(config.d_head) * (1 + 1e-5)
+    z = torch.randn(3, config.d_head)
+    core = blocks.AttentionCore(config)
+    largest = core.logits(blocks.transplant(z, kappa), blocks.transplant(7 * z, kappa)).diagonal()
+    torch.testing.assert_close(largest, torch.full((3,), kappa * math.sqrt(config.d_head)))
+
+
+# peers: transformers' models with copied weights
+
+def halves(rows: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """Rows of q or k for a rotation that pairs i with i + E/2 where ours pairs 2i with 2i + 1."""
+    by_head = rows.unflatten(0, (-1, config.d_head // 2, 2))
+    return by_head.transpose(1, 2).flatten(0, 2)
+
+
+def peer_settings(config: RunConfig) -> dict:
+    rope = {"rope_type": "default", "rope_theta": config.rope_base, "partial_rotary_factor": 1.0}
+    return dict(vocab_size=V, hidden_size=config.d_model, num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads, intermediate_size=config.mlp_ratio * config.d_model,
+                hidden_act="gelu", layer_norm_eps=config.layernorm_eps, max_position_embeddings=config.seq_len,
+                rope_parameters=rope, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("rope_base", [10_000.0, 100.0])
+def test_the_whole_model_computes_what_gpt_neox_computes(tiny, rope_base):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    config = replace(tiny, qk_norm="none", d_model=32, n_heads=4, rope_base=rope_base)
+    ours = with_random_gains(models.build(config, V))
+    peer = GPTNeoXForCausalLM(GPTNeoXConfig(use_parallel_residual=False, **peer_settings(config))).eval()
+    weights = ours.named_weights(torch.Tensor.detach)
+    copied = {"embed_in.weight": weights["embed"], "final_layer_norm.weight": ours.final_norm.weight}
+    for i, block in enumerate(ours.blocks):
+        q, k, v = (weights[f"block{i}.{part}"] for part in "qkv")
+        by_head = [part.unflatten(0, (config.n_heads, -1)) for part in (halves(q, config), halves(k, config), v)]
+        layer = f"layers.{i}"
+        copied |= {f"{layer}.attention.query_key_value.weight": torch.stack(by_head, 1).flatten(0, 2),
+                   f"{layer}.attention.dense.weight": weights[f"block{i}.out"],
+                   f"{layer}.mlp.dense_h_to_4h.weight": weights[f"block{i}.mlp_up"],
+                   f"{layer}.mlp.dense_4h_to_h.weight": weights[f"block{i}.mlp_down"],
+                   f"{layer}.input_layernorm.weight": block.attention_norm.weight,
+                   f"{layer}.post_attention_layernorm.weight": block.mlp_norm.weight}
+    biases = {name: torch.zeros_like(w) for name, w in peer.gpt_neox.state_dict().items() if name.endswith("bias")}
+    peer.gpt_neox.load_state_dict(biases | copied)
+    peer.get_output_embeddings().load_state_dict({"weight": weights["head"]})
+    x = tokens(config)
+    torch.testing.assert_close(ours(x), peer(x).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("peer_name, qk_norm", [("Llama", "none"), ("Phi", "head")])
+def test_attention_computes_what_the_peer_computes(tiny, peer_name, qk_norm):
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi import modeling_phi
+    config = replace(tiny, qk_norm=qk_norm, d_model=32, n_heads=4)
+    ours = with_random_gains(models.build(config, V)).blocks[1].attention
+    module = {"Llama": modeling_llama, "Phi": modeling_phi}[peer_name]
+    settings = getattr(module, f"{peer_name}Config")(qk_layernorm=qk_norm == "head", **peer_settings(config))
+    peer = getattr(module, f"{peer_name}Attention")(settings, layer_idx=0).eval()
+    q, k, v = ours.qkv.weight.chunk(3)
+    copied = {"q_proj": halves(q, config), "k_proj": halves(k, config), "v_proj": v,
+              ("o_proj" if peer_name == "Llama" else "dense"): ours.out.weight}
+    if qk_norm == "head":
+        copied |= {f"{part}_layernorm": halves(norm.weight, config) for part, norm in
+                   (("q", ours.q_norm), ("k", ours.k_norm))}
+    biases = {name: torch.zeros_like(w) for name, w in peer.state_dict().items() if name.endswith("bias")}
+    peer.load_state_dict(biases | {f"{name}.weight": weight for name, weight in copied.items()})
+    x = torch.randn(2, config.seq_len, config.d_model)
+    rotary = getattr(module, f"{peer_name}RotaryEmbedding")(settings)(x, torch.arange(config.seq_len).unsqueeze(0))
+    mask = torch.full((config.seq_len, config.seq_len), -math.inf).triu(1)
+    expected = peer(x, position_embeddings=rotary, attention_mask=mask)[0]
+    torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_qk_norm_over_the_width_is_a_layer_norm_before_the_split_into_heads(tiny):
+    config = replace(tiny, qk_norm="model")
+    attention = with_random_gains(models.build(config, V)).blocks[0].attention
+    x = torch.randn(2, config.seq_len, config.d_model)
+    q, k, v = attention.qkv(x).split(config.d_model, -1)
+    q = F.layer_norm(q, (config.d_model,), eps=1e-6) * attention.q_norm.weight
+    k = F.layer_norm(k, (config.d_model,), eps=1e-6) * attention.k_norm.weight
+    heads = []
+    for h in range(config.n_heads):
+        part = slice(h * config.d_head, (h + 1) * config.d_head)
+        turned = [blocks.rotate(y[..., part].unsqueeze(2), attention.rotary).squeeze(2) for y in (q, k)]
+        z = turned[0] @ turned[1].mT / math.sqrt(config.d_head)
+        future = torch.ones(config.seq_len, config.seq_len).triu(1).bool()
+        heads.append(z.masked_fill(future, -math.inf).softmax(-1) @ v[..., part])
+    torch.testing.assert_close(attention(x), torch.cat(heads, -1) @ attention.out.weight.T, atol=1e-5, rtol=1e-5)
+
+
+# initialisation
+
+@pytest.mark.parametrize("parametrization", CHOICES["parametrization"])
+def test_every_weight_starts_with_the_papers_standard_deviation(parametrization):
+    config = RunConfig(d_model=64, n_layers=2, base_width=256, parametrization=parametrization)
+    model = models.build(config, V)
+    wide_head = parametrization in ("mup_intermediate", "mup_full")
+    for name, weight in model.named_weights(torch.Tensor.detach).items():
+        fan_in = config.d_model if name == "embed" else weight.shape[1]
+        std = 1 / math.sqrt(fan_in)
+        if name == "head" and wide_head:
+            std = math.sqrt(config.base_width) / fan_in
+        if name.endswith(".q") and parametrization == "mup_full":
+            assert (weight == 0).all()
+            continue
+        spread = std / math.sqrt(2 * weight.numel())
+        assert float(weight.square().mean().sqrt()) == pytest.approx(std, abs=5 * spread), name
+        assert abs(float(weight.mean())) < 5 * std / math.sqrt(weight.numel()), name
+        largest, cut = float(weight.abs().max()), 2 * std / TRUNCATED_STD
+        assert largest > 1.1 * cut if name == "embed" else 0.97 * cut < largest <= 1.0001 * cut, name
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all() and module.eps == 1e-6
+
+
+def test_building_leaves_the_global_random_numbers_alone_and_does_not_depend_on_them(tiny):
+    before = torch.get_rng_state()
+    first = models.build(tiny, V)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(99)
+    again = models.build(tiny, V)
+    assert digest(*first.parameters()) == digest(*again.parameters())
+
+
+@pytest.mark.slow
+def test_a_model_is_the_same_in_a_fresh_process(tiny, fresh_process):
+    model = models.build(tiny, data.vocab_size(tiny))
+    assert digest(*model.parameters()) == fresh_process(tiny)["weights"]
+
+
+def test_another_seed_gives_other_weights_and_another_recipe_the_same(tiny):
+    weights = digest(*models.build(tiny, V).parameters())
+    assert digest(*models.build(replace(tiny, seed=1), V).parameters()) != weights
+    assert digest(*models.build(replace(tiny, lr=0.3, steps=50, attention="squared_relu"), V).parameters()) == weights
+
+
+@pytest.mark.parametrize("parametrization", ["mup_simple", "mup_intermediate"])
+def test_muparam_starts_as_the_standard_parametrization_at_base_width(tiny, parametrization):
+    same = replace(tiny, parametrization=parametrization, base_width=tiny.d_model)
+    assert digest(*models.build(same, V).parameters()) == digest(*models.build(tiny, V).parameters())
+    assert same.scale == tiny.scale
+
+
+def test_muparam_full_differs_from_intermediate_by_zero_queries_and_the_scale_by_head_size(tiny):
+    full = replace(tiny, parametrization="mup_full", qk_norm="none")
+    model, other = models.build(full, V), models.build(replace(full, parametrization="mup_intermediate"), V)
+    for (name, weight), expected in zip(model.named_weights().items(), other.named_weights().values(), strict=True):
+        assert torch.equal(weight, torch.zeros_like(weight) if name.endswith(".q") else expected)
+    core = model.blocks[0].attention.core
+    q, k = torch.randn(2, 1, full.n_heads, full.seq_len, full.d_head)
+    torch.testing.assert_close(core.logits(q, k), q @ k.mT / full.d_head)
+
+
+# precision
+
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+@pytest.mark.parametrize("qk_norm", CHOICES["qk_norm"])
+def test_a_bf16_forward_pass_is_near_fp32_and_leaves_the_weights_in_fp32(tiny, attention, qk_norm):
+    config = replace(tiny, precision="bf16", attention=attention, qk_norm=qk_norm, d_model=32)
+    model, x = models.build(config, V), tokens(config)
+    with autocast(config, "cpu"):
+        half = model(x)
+    exact = model(x)
+    assert half.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (half.float() - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.02

@@ -1,0 +1,145 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from stability_lib import models, optim
+from stability_lib.config import CHOICES, RunConfig, replace
+
+V = 40
+shapes = st.tuples(st.integers(1, 300), st.integers(0, 300)).filter(lambda pair: pair[1] <= pair[0])
+
+
+@given(shapes, st.floats(1e-4, 10), st.floats(0, 1))
+def test_the_schedule_lies_above_zero_and_peaks_at_one(shape, lr, lr_final):
+    config = RunConfig(steps=shape[0], warmup_steps=shape[1], lr=lr, lr_final=lr_final)
+    factors = [optim.schedule(config, step) for step in range(config.steps)]
+    assert all(0 < s <= 1 for s in factors) and max(factors) == 1
+
+
+@given(shapes, st.floats(1e-4, 10))
+def test_warm_up_is_linear_and_ends_at_one(shape, lr):
+    config = RunConfig(steps=shape[0], warmup_steps=shape[1], lr=lr)
+    rise = [optim.schedule(config, step) for step in range(config.warmup_steps)]
+    assert rise == pytest.approx([(step + 1) / config.warmup_steps for step in range(config.warmup_steps)])
+
+
+@given(shapes, st.floats(1e-4, 10), st.floats(0, 1))
+def test_after_warm_up_the_lr_falls_as_a_half_cosine_to_lr_final(shape, lr, lr_final):
+    steps, warmup = shape
+    assume(steps > warmup and lr_final <= lr)
+    config = RunConfig(steps=steps, warmup_steps=warmup, lr=lr, lr_final=lr_final)
+    lrs = [lr * optim.schedule(config, step) for step in range(warmup, steps + 1)]
+    assert lrs[0] == pytest.approx(lr) and lrs[-1] == pytest.approx(lr_final, abs=1e-12)
+    assert all(a >= b for a, b in itertools.pairwise(lrs))
+    middle = [(a + b) / 2 for a, b in zip(lrs, reversed(lrs), strict=True)]
+    assert middle == pytest.approx([(lr + lr_final) / 2] * len(lrs))
+    third = (steps - warmup) // 3
+    if (steps - warmup) % 3 == 0:
+        assert lrs[third] == pytest.approx(lr_final + (lr - lr_final) * 3 / 4)
+
+
+def test_a_final_lr_above_the_peak_does_not_raise_the_lr():
+    config = RunConfig(lr=1e-6, lr_final=1e-5)
+    assert {optim.schedule(config, step) for step in range(config.warmup_steps, config.steps)} == {1.0}
+
+
+def test_set_lr_moves_every_group_from_its_own_peak(tiny):
+    config = replace(tiny, parametrization="mup_simple", base_width=64, lr=0.1)
+    optimizer = optim.build(models.build(config, V), config)
+    for factor in (0.5, 0.25, 1.0):
+        optim.set_lr(optimizer, factor)
+        assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.1 * factor, 0.4 * factor])
+
+
+@pytest.mark.parametrize("parametrization", CHOICES["parametrization"])
+def test_muparam_multiplies_the_lr_of_linear_weights_by_base_over_fan_in(tiny, parametrization):
+    config = replace(tiny, parametrization=parametrization, base_width=48)
+    model = models.build(config, V)
+    found = optim.lr_multipliers(model, config)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    linear = {"qkv", "out", "up", "down", "head"}
+    for name, multiplier in found.items():
+        scaled = parametrization != "standard" and name.split(".")[-2] in linear
+        assert multiplier == (48 / 16 if scaled else 1), name
+    by_weight = {id(p): group["peak"] for group in optim.build(model, config).param_groups for p in group["params"]}
+    assert {name: by_weight[id(p)] / config.lr for name, p in model.named_parameters()} == pytest.approx(found)
+
+
+def test_muparam_has_the_standard_lr_at_base_width(tiny):
+    for parametrization in ("mup_simple", "mup_intermediate", "mup_full"):
+        same = replace(tiny, parametrization=parametrization, base_width=tiny.d_model)
+        model = models.build(same, V)
+        assert optim.lr_multipliers(model, same) == optim.lr_multipliers(model, tiny)
+        assert len(optim.build(model, same).param_groups) == len(optim.build(model, tiny).param_groups) == 1
+
+
+def run(config: RunConfig, gradient_scale: float) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters before and after all steps of the schedule under random gradients of the given size."""
+    model, start = models.build(config, V), models.build(config, V)
+    optimizer = optim.build(model, config)
+    for step, gradients in enumerate(random_gradients(model, config.steps, gradient_scale)):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optim.set_lr(optimizer, optim.schedule(config, step))
+        optimizer.step()
+    return list(start.parameters()), list(model.parameters())
+
+
+def random_gradients(model: nn.Module, steps: int, scale: float) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [[scale * torch.randn(p.shape, generator=generator) for p in model.parameters()] for _ in range(steps)]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"parametrization": "mup_simple"}, {"eps": 1e-3}, {"beta1": 0.0, "beta2": 0.99}, {"lr": 0.3}])
+def test_updates_are_those_of_torch_adamw_at_zero_decay(tiny, changes):
+    config = replace(tiny, weight_decay=0.0, **changes)
+    _, ours = run(config, gradient_scale=1e-3)
+    model = models.build(config, V)
+    multipliers = optim.lr_multipliers(model, config)
+    groups = [{"params": [p], "lr": config.lr * multipliers[name]} for name, p in model.named_parameters()]
+    peer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0,
+                             foreach=False, fused=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(peer, lambda step: optim.schedule(config, step))
+    for gradients in random_gradients(model, config.steps, 1e-3):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        peer.step()
+        schedule.step()
+    for (name, expected), got in zip(model.named_parameters(), ours, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.3])
+@pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
+def test_independent_decay_shrinks_weights_by_the_schedule_alone_whatever_the_lr(tiny, lr, parametrization):
+    """Sec. 3.2.2: theta <- (1 - s_t lambda) theta where the gradient is zero."""
+    config = replace(tiny, lr=lr, parametrization=parametrization, weight_decay=0.05, lr_final=0.0)
+    shrunk = math.prod(1 - optim.schedule(config, step) * 0.05 for step in range(config.steps))
+    for before, after in zip(*run(config, gradient_scale=0.0), strict=True):
+        torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
+
+
+def test_independent_decay_adds_to_the_adam_step(tiny):
+    """One step from rest at full LR: theta - lr sign(g) - lambda theta, for gradients far above eps."""
+    config = replace(tiny, lr=0.3, weight_decay=0.05, steps=1, warmup_steps=0)
+    gradients = random_gradients(models.build(config, V), 1, 1.0)[0]
+    for before, after, gradient in zip(*run(config, gradient_scale=1.0), gradients, strict=True):
+        torch.testing.assert_close(after, before - 0.3 * gradient.sign() - 0.05 * before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.3])
+@pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
+def test_pytorch_decay_shrinks_weights_by_the_lr_as_well(tiny, lr, parametrization):
+    config = replace(tiny, lr=lr, parametrization=parametrization, weight_decay=0.1, decay="pytorch", base_width=64)
+    model = models.build(config, V)
+    multipliers = optim.lr_multipliers(model, config)
+    for name, before, after in zip(multipliers, *run(config, gradient_scale=0.0), strict=True):
+        rate = lr * multipliers[name] * 0.1
+        shrunk = math.prod(1 - optim.schedule(config, step) * rate for step in range(config.steps))
+        torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)

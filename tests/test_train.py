@@ -1,0 +1,291 @@
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fingerprint
+
+from stability_lib import data, models, optim, train
+from stability_lib.config import RunConfig, replace
+from stability_lib.train import loss_terms, resolve_device, train_run
+
+
+def outcome(result: train.RunResult) -> tuple:
+    return result.status, result.stop_step, result.loss_init, result.loss_final, result.curves, result.patterns
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[torch.Tensor]:
+    """The training batches that runs inside the test draw."""
+    drawn, sample = [], data.sample
+
+    def note(config, generator):
+        drawn.append(sample(config, generator))
+        return drawn[-1]
+    monkeypatch.setattr(data, "sample", note)
+    return drawn
+
+
+# the same config gives the same bits
+
+@pytest.mark.parametrize("changes", [
+    {"probe_every": 2, "attention_maps": 2}, {"precision": "bf16"}, {"qk_norm": "none", "lr": 1.0},
+    {"attention": "squared_relu", "parametrization": "mup_full"}])
+def test_the_same_config_gives_the_same_bits(tiny, changes):
+    config = replace(tiny, **changes)
+    first = train_run(config)
+    torch.manual_seed(99)
+    assert outcome(first) == outcome(train_run(config))
+
+
+@pytest.mark.slow
+def test_a_run_gives_the_same_bits_in_a_fresh_process(tiny, fresh_process):
+    assert fresh_process(tiny) == fingerprint(tiny)
+
+
+def test_a_run_leaves_random_states_threads_and_config_as_they_were(tiny):
+    config, threads = replace(tiny, steps=2), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        for n in (1, None):
+            result = train_run(config, threads=n)
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError):
+            train_run(replace(tiny, vocab_size=3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), str(np.random.get_state()))
+    assert result.config is config == replace(tiny, steps=2)
+
+
+def test_a_run_trains_with_the_threads_it_is_given(tiny, batches, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optim, "set_lr", lambda *arguments: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    train_run(replace(tiny, steps=2), threads=1)
+    train_run(replace(tiny, steps=2), threads=2)
+    train_run(replace(tiny, steps=2), threads=None)
+    assert seen == [1, 1, 2, 2, before, before]
+
+
+def test_the_batches_of_a_run_depend_on_its_seed_alone(tiny, batches):
+    for changes in ({}, {"lr": 0.3, "qk_norm": "none", "d_model": 32}, {"seed": 1}):
+        train_run(replace(tiny, **changes))
+    base, other_recipe, other_seed = batches[:6], batches[6:12], batches[12:]
+    assert all(map(torch.equal, base, other_recipe))
+    assert not any(map(torch.equal, base, other_seed))
+
+
+# what a run computes
+
+def plain_loop(config: RunConfig, batches: list[torch.Tensor]) -> tuple[list[float], list[float], float]:
+    """Losses, gradient norms and the final validation loss of the same training in plain PyTorch, step by step."""
+    model = models.build(config, data.vocab_size(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
+                                  weight_decay=config.weight_decay / config.lr, foreach=False)
+    losses, norms = [], []
+    for step, batch in enumerate(batches):
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        logits = model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        (loss + config.z_loss * torch.logsumexp(logits, -1).pow(2).mean()).backward()
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
+        for p in model.parameters():
+            p.grad *= min(1.0, config.clip_norm / norms[-1])
+        optimizer.param_groups[0]["lr"] = config.lr * optim.schedule(config, step)
+        optimizer.step()
+        losses.append(loss.item())
+    windows = data.validation(config)
+    with torch.no_grad():
+        final = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    return losses, norms, float(final)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": "none", "clip_norm": 0.1, "eps": 0.01}, {"z_loss": 0.1, "weight_decay": 0.05},
+    {"attention": "squared_relu", "eval_sequences": 7, "batch_size": 3}])
+def test_a_run_is_what_a_plain_pytorch_loop_computes(tiny, batches, changes):
+    """eps near the gradients makes Adam see their scale, so that clipping shows."""
+    config = replace(tiny, **changes)
+    result = train_run(config)
+    losses, norms, final = plain_loop(config, batches)
+    assert result.curves["loss"] == pytest.approx(losses, rel=1e-4)
+    assert result.curves["gradient_norm"] == pytest.approx(norms, rel=1e-3)
+    assert result.loss_final == pytest.approx(final, rel=1e-4)
+
+
+@pytest.mark.parametrize("parametrization", ["mup_simple", "mup_intermediate"])
+def test_muparam_trains_as_the_standard_parametrization_at_base_width(tiny, parametrization):
+    same = replace(tiny, parametrization=parametrization, base_width=tiny.d_model)
+    assert outcome(train_run(same)) == outcome(train_run(tiny))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "none", "seed": 1}, {"vocab_size": 250}])
+def test_the_loss_at_initialisation_is_near_log_vocabulary_plus_a_half(tiny, changes):
+    """The final norm and the head's std make logits unit normal, so that log Z is about ln V + 1/2."""
+    config = replace(tiny, d_model=64, steps=1, warmup_steps=0, eval_sequences=64, **changes)
+    assert train_run(config).loss_init == pytest.approx(math.log(data.vocab_size(config)) + 0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": "none"}, {"qk_norm": "model"}, {"attention": "squared_relu"}, {"precision": "bf16"},
+    {"parametrization": "mup_full"}, {"decay": "pytorch", "weight_decay": 0.1}, {"n_layers": 0},
+    {"logit_transplant": 1.0}])
+def test_the_loss_falls_within_thirty_steps(tiny, changes):
+    result = train_run(replace(tiny, steps=30, lr=0.03, **changes))
+    assert result.status == "ok" and result.stop_step is None and result.reason is None
+    assert result.loss_final < result.loss_init - 0.8
+    assert np.mean(result.curves["loss"][-5:]) < np.mean(result.curves["loss"][:5])
+
+
+def test_the_gradient_norm_is_recorded_before_clipping(tiny):
+    free = train_run(replace(tiny, clip_norm=None)).curves["gradient_norm"]
+    clipped = train_run(replace(tiny, clip_norm=1e-3, probe_every=1)).curves
+    assert clipped["gradient_norm"][0] == free[0] > 1e-3
+    sizes = {name: w.numel() for name, w in models.build(tiny, 84).named_weights().items()}
+    from_probes = math.sqrt(sum(n * clipped[f"gradient_rms/{name}"][0] ** 2 for name, n in sizes.items()))
+    assert 0.9 * free[0] < from_probes <= free[0] * (1 + 1e-5)  # the probes leave out the norms' gains
+
+
+def test_clipping_limits_what_reaches_the_optimizer(tiny):
+    """Adam forgets the gradient's scale except against eps: clipped far below eps, weights hardly move."""
+    config = replace(tiny, steps=1, warmup_steps=0, probe_every=1, weight_decay=0.0)
+    moved = {clip: train_run(replace(config, clip_norm=clip)).curves["update_rms/head"][0] for clip in (None, 1e-12)}
+    assert moved[None] == pytest.approx(config.lr, rel=0.05) and moved[1e-12] < 0.01 * config.lr
+
+
+@pytest.mark.parametrize("changes", [{}, {"probe_every": 4}, {"probe_every": 1, "attention_maps": 4}])
+def test_curves_are_equally_long(tiny, changes):
+    config = replace(tiny, steps=9, **changes)
+    curves = train_run(config).curves
+    every = {"step", "loss", "gradient_norm"}
+    assert curves["step"] == list(range(9))
+    assert {len(curves[name]) for name in every} == {9}
+    n_probed = {0: 0, 4: 3, 1: 9}[config.probe_every]
+    assert {len(values) for name, values in curves.items() if name not in every | {"pattern_step"}} <= {n_probed}
+
+
+@pytest.mark.parametrize("n, steps", [(0, []), (1, [0]), (2, [0, 8]), (5, [0, 2, 4, 6, 8]), (9, list(range(9)))])
+def test_as_many_attention_maps_are_kept_as_asked_for_spread_over_the_run(tiny, n, steps):
+    result = train_run(replace(tiny, steps=9, attention_maps=n))
+    assert result.curves.get("pattern_step", []) == steps and len(result.patterns) == n
+    for pattern in map(np.array, result.patterns):
+        assert pattern.shape == (tiny.seq_len, tiny.seq_len)
+        assert pattern.sum(1) == pytest.approx(np.ones(tiny.seq_len), rel=1e-5) and (np.triu(pattern, 1) == 0).all()
+
+
+# losses
+
+def test_loss_terms_are_cross_entropy_and_the_z_loss_of_the_paper():
+    """Sec. 3.1.2: z-loss is the mean of log^2 Z with Z the sum of exponentials of one token's logits."""
+    logits, targets = 3 * torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    loss, objective = loss_terms(logits, targets, 0.3)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    squares = [math.log(sum(map(math.exp, row))) ** 2 for row in logits.flatten(0, 1).tolist()]
+    assert float(objective - loss) == pytest.approx(0.3 * sum(squares) / len(squares), rel=1e-4)
+    assert torch.equal(*loss_terms(logits, targets, 0.0))
+
+
+def test_losses_of_bf16_logits_are_computed_in_fp32():
+    logits, targets = torch.randn(2, 5, 11).bfloat16(), torch.randint(11, (2, 5))
+    loss, objective = loss_terms(logits, targets, 0.1)
+    assert loss.dtype == objective.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
+
+
+def test_losses_stay_finite_where_exponentials_overflow():
+    logits, targets = torch.tensor([[[1e4, 0.0, -1e4]]]), torch.tensor([[1]])
+    loss, objective = loss_terms(logits, targets, 1.0)
+    assert float(loss) == 1e4 and float(objective) == 1e4 + 1e8
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batch(tiny, batch_size):
+    model = models.build(tiny, 84)
+    windows = data.validation(tiny)
+    with torch.no_grad():
+        expected = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    found = train.evaluate(model, windows, replace(tiny, batch_size=batch_size), "cpu")
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# a run that blows up is a result
+
+@pytest.mark.parametrize("changes, stop_step, reason", [
+    ({"lr": 1e30, "warmup_steps": 0, "clip_norm": None}, 1, "loss is not finite"),
+    ({"lr": 1e30, "warmup_steps": 0, "qk_norm": "none", "precision": "bf16"}, 1, "loss is not finite"),
+    ({"z_loss": 1e38}, 0, "gradient norm is not finite"),
+    ({"lr": 1e30, "warmup_steps": 0, "steps": 1}, 1, "final validation loss is not finite"),
+    ({"diverge_loss": 1.0}, 0, "loss over 1"),
+    ({"diverge_grad_norm": 1e-3}, 0, "gradient norm over 0.001"),
+    ({"diverge_loss": 100.0, "lr": 1e4, "clip_norm": None, "probe_every": 1}, 1, "loss over 100"),
+])
+def test_a_run_that_blows_up_ends_with_its_step_and_reason(tiny, changes, stop_step, reason):
+    result = train_run(replace(tiny, **changes))
+    assert (result.status, result.stop_step, result.reason) == ("diverged", stop_step, reason)
+    assert math.isfinite(result.loss_init)
+    n_steps = min(stop_step + 1, result.config.steps)
+    assert [len(result.curves[name]) for name in ("step", "loss", "gradient_norm")] == [n_steps] * 3
+    assert len({len(values) for name, values in result.curves.items() if "/" in name or name == "probe_step"}) <= 1
+
+
+def test_the_step_that_blew_up_is_in_the_curves_and_not_in_the_weights(tiny):
+    config = replace(tiny, lr=1e4, clip_norm=None, diverge_loss=100.0, warmup_steps=0)
+    result = train_run(config)
+    assert result.stop_step == 1 and result.curves["loss"][0] < 100 < result.curves["loss"][1]
+    assert train_run(replace(tiny, diverge_loss=1.0)).loss_final == train_run(tiny).loss_init
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_recorded_as_nan(tiny):
+    result = train_run(replace(tiny, lr=1e30, warmup_steps=0))
+    assert math.isnan(result.loss_final) and not math.isfinite(result.curves["loss"][-1])
+
+
+def test_a_bad_but_finite_run_is_no_divergence_unless_a_threshold_says_so(tiny):
+    config = replace(tiny, lr=1e4, warmup_steps=0, clip_norm=None)
+    result = train_run(config)
+    assert result.status == "ok" and result.loss_final > 100
+    assert train_run(replace(config, diverge_loss=100.0)).status == "diverged"
+
+
+def test_thresholds_that_are_not_passed_change_nothing(tiny):
+    watched = replace(tiny, diverge_loss=1e3, diverge_grad_norm=1e3)
+    assert outcome(train_run(watched)) == outcome(train_run(tiny))
+
+
+# devices
+
+@pytest.fixture
+def only_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_an_unknown_device_is_named_with_the_known_ones(tiny):
+    with pytest.raises(ValueError, match=r"unknown device 'gpu': .*choose auto, cpu, cuda or mps"):
+        train_run(tiny, device="gpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_an_absent_device_is_named_with_those_present(tiny, only_cpu, device):
+    with pytest.raises(ValueError, match=f"device '{device}' is not available here: choose auto or cpu"):
+        train_run(tiny, device=device)
+
+
+def test_auto_is_the_first_device_present(monkeypatch, only_cpu):
+    assert resolve_device("auto") == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == "cuda" and resolve_device("cpu") == "cpu"
+
+
+def test_auto_trains_as_the_device_it_stands_for(tiny, only_cpu):
+    assert outcome(train_run(tiny, device="auto")) == outcome(train_run(tiny, device="cpu"))
