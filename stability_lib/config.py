@@ -107,7 +107,7 @@ class RunConfig:
                 raise ValueError(f"{name} {value!r} is unknown: choose {_listed(CHOICES[name])}")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if not math.isfinite(value):
-                    raise ValueError(f"{name} must be finite, got {value}: use None where no limit is meant")
+                    raise ValueError(f"{name} must be finite, got {value}")
                 if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                     least = "zero or more" if name in _MAY_BE_ZERO else "positive"
                     raise ValueError(f"{name} must be {least}, got {value}")
@@ -119,8 +119,11 @@ class RunConfig:
         if self.d_head % 2:
             raise ValueError(f"n_heads {self.n_heads} makes the head size d_model / n_heads = {self.d_head} odd: "
                              f"rotary positions turn pairs, choose one of {fitting}")
-        if self.attention_maps and not self.n_layers:
-            raise ValueError("attention_maps needs a block to look at: choose attention_maps 0 where n_layers is 0")
+        if self.attention_maps > (self.steps if self.n_layers else 0):
+            raise ValueError(f"attention_maps {self.attention_maps} needs a block to look at and as many steps: "
+                             f"choose at most {self.steps if self.n_layers else 0}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed {self.seed} is too large for torch: choose one below 2**63")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
         if max(self.beta1, self.beta2) >= 1:

@@ -13,7 +13,7 @@ from .blocks import MLP, Attention, layer_norm
 from .config import RunConfig
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
-_TRUNCATED_STD = 0.879596566
+_TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
 class Block(nn.Module):

@@ -262,6 +262,7 @@ def _step_cost(device: str) -> tuple[float, float]:
     for shape in (dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)):
         short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0)
                        for steps in (3, 10))
+        train_run(short, device)  # pays for what only the first run of a process or shape costs
         taken = train_run(long, device).seconds - train_run(short, device).seconds
         flops.append(models.training_flops(long, data.vocab_size(long)) / long.steps)
         seconds.append(max(taken, 1e-6) / (long.steps - short.steps))
@@ -309,9 +310,10 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[list[dict]], None], de
                     collect([_result(future, todo[futures[future]])])
             except BaseException as error:
                 if executor is None:
-                    pool.shutdown(wait=False, kill_workers=True)
-                for future in futures:
-                    future.cancel()
+                    pool.shutdown(wait=False, kill_workers=True)  # it chokes on futures that were cancelled before
+                else:
+                    for future in futures:
+                        future.cancel()
                 collect([future.result() for future, key in futures.items() if key in todo and _has_row(future)])
                 if not isinstance(error, concurrent.futures.BrokenExecutor):
                     raise

@@ -24,7 +24,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 class RunResult:
     """What one run left behind.
 
-    `status` is `ok` or `diverged`; a diverged run has the 0-based `stop_step` and a `reason`. `loss_init` and
+    `status` is `ok` or `diverged`; a diverged run has a `reason` and the 0-based `stop_step` at which it ended
+    (`steps` where only the final validation showed it). `loss_init` and
     `loss_final` are cross-entropies in nats per token on the fixed validation set (`loss_final` is NaN where the
     loss was not finite). `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm` (before
     clipping) at every step, and, at each of `probe_step`, all readings of `probes`. `patterns` holds the attention

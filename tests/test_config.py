@@ -201,7 +201,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_type(changes, remedy)
     ({"d_model": 33, "n_heads": 3}, "d_model 33 is odd: .* choose an even one"),
     ({"warmup_steps": 401}, "warmup_steps 401 exceeds steps 400: shorten the warm-up"),
     ({"steps": 10}, "warmup_steps 20 exceeds steps 10: shorten the warm-up"),
-    ({"n_layers": 0, "attention_maps": 2}, "attention_maps needs a block .* choose attention_maps 0"),
+    ({"n_layers": 0, "attention_maps": 2}, r"attention_maps 2 needs a block .* choose at most 0"),
 ])
 def test_a_value_that_cannot_be_run_is_named_with_its_remedy(changes, remedy):
     with pytest.raises(ValueError, match=remedy):
