@@ -13,8 +13,22 @@ from .config import RunConfig
 
 
 def layer_norm(width: int, config: RunConfig) -> nn.LayerNorm:
-    """LayerNorm with a gain and no bias (paper P, Sec. 2.1)."""
-    return nn.LayerNorm(width, eps=config.layernorm_eps, bias=False)
+    """LayerNorm with a gain and, unless the config asks for biases, nothing else (paper P, Sec. 2.1)."""
+    return nn.LayerNorm(width, eps=config.layernorm_eps, bias=config.biases)
+
+
+def stream_norm(config: RunConfig) -> nn.Module:
+    """The norm that `config.norm` puts on the residual stream."""
+    if config.norm == "no_norm":
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.layernorm_eps)
+    return layer_norm(config.d_model, config)
+
+
+def inner_norm(width: int, config: RunConfig) -> nn.Module:
+    """SubLN's second LayerNorm, before a sublayer's output projection; nothing under any other norm."""
+    return layer_norm(width, config) if config.norm == "subln" else nn.Identity()
 
 
 def rotary_table(length: int, head_size: int, base: float) -> Tensor:
@@ -64,19 +78,21 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with rotary positions and optional qk-layernorm."""
+    """Multi-head causal self-attention, by default with rotary positions and qk-layernorm."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
         d, self.head_size, self.qk_norm = config.d_model, config.d_head, config.qk_norm
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.out = nn.Linear(d, d, bias=False)
+        self.qkv = nn.Linear(d, 3 * d, bias=config.biases)
+        self.inner_norm = inner_norm(d, config)
+        self.out = nn.Linear(d, d, bias=config.biases)
         normed = {"none": None, "head": config.d_head, "model": d}[config.qk_norm]
         self.q_norm = layer_norm(normed, config) if normed else nn.Identity()
         self.k_norm = layer_norm(normed, config) if normed else nn.Identity()
         self.kappa = config.logit_transplant
         self.core = AttentionCore(config)
-        table = rotary_table(config.seq_len, config.d_head, config.rope_base)
+        rotary = config.positions == "rotary"
+        table = rotary_table(config.seq_len, config.d_head, config.rope_base) if rotary else None
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
@@ -88,9 +104,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kappa is not None:
             q, k = transplant(q, self.kappa), transplant(k, self.kappa)
-        q, k = rotate(q, self.rotary), rotate(k, self.rotary)
+        if self.rotary is not None:
+            q, k = rotate(q, self.rotary), rotate(k, self.rotary)
         mixed_BxHxTxE = self.core(q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2))
-        return self.out(mixed_BxHxTxE.transpose(1, 2).flatten(-2))
+        return self.out(self.inner_norm(mixed_BxHxTxE.transpose(1, 2).flatten(-2)))
 
 
 class MLP(nn.Module):
@@ -99,8 +116,9 @@ class MLP(nn.Module):
     def __init__(self, config: RunConfig):
         super().__init__()
         hidden = config.mlp_ratio * config.d_model
-        self.up = nn.Linear(config.d_model, hidden, bias=False)
-        self.down = nn.Linear(hidden, config.d_model, bias=False)
+        self.up = nn.Linear(config.d_model, hidden, bias=config.biases)
+        self.inner_norm = inner_norm(hidden, config)
+        self.down = nn.Linear(hidden, config.d_model, bias=config.biases)
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BxTxD)))
+        return self.down(self.inner_norm(F.gelu(self.up(x_BxTxD))))

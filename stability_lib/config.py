@@ -19,6 +19,9 @@ SCHEMA = 1
 """Raise it when the same config starts to mean another computation; old keys then no longer match."""
 
 CHOICES = {
+    "norm": ("pre_ln", "rmsnorm", "post_ln", "deepnorm", "deepnorm_pre", "subln", "no_norm"),
+    "positions": ("rotary", "learned"),
+    "init": ("fan_in", "gpt2", "pytorch", "xavier"),
     "qk_norm": ("none", "head", "model"),
     "attention": ("softmax", "squared_relu"),
     "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
@@ -42,10 +45,13 @@ class RunConfig:
 
     # data
     data: str = "shakespeare"
+    """A name in `data.SOURCES`. With `recall` (paper K, App. D.1) only the last position of a sequence is scored."""
     vocab_size: int | None = None
     """None: as many symbols as occur in the source. A larger value adds symbols that never occur."""
     seq_len: int = 64
     batch_size: int = 32
+    recall_pairs: int = 4
+    """Key-value pairs in a sequence of `recall`; other sources pay no attention to it."""
     eval_sequences: int = 256
     """Number of fixed validation sequences, spread evenly over the validation part."""
 
@@ -54,6 +60,18 @@ class RunConfig:
     n_layers: int = 3
     n_heads: int = 4
     mlp_ratio: int = 4
+    norm: str = "pre_ln"
+    """What is normalised where (paper K, Sec. 5.1), with f a sublayer: `pre_ln` x + f(LN x); `rmsnorm`
+    x + f(RMSNorm x); `post_ln` LN(x + f(x)); `deepnorm` LN(a x + f(x)) and `deepnorm_pre` a x + f(LN x), with
+    a = (2 n_layers)^(1/4); `subln` pre_ln with another LN before each sublayer's output projection; `no_norm`
+    x + f(x)."""
+    positions: str = "rotary"
+    """`learned`: an embedding per position, as in GPT-2."""
+    biases: bool = False
+    """Biases on all linear layers of the blocks and on LayerNorms."""
+    init: str = "fan_in"
+    """`fan_in`: paper P's. `gpt2`: every weight N(0, 0.02^2). `pytorch`: the modules' own. `xavier`: Xavier-uniform
+    linear layers, embeddings N(0, 0.02^2). Biases start at zero except under `pytorch`."""
     qk_norm: str = "head"
     """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
     d_model (Fig. E.8); `none`."""
@@ -132,6 +150,16 @@ class RunConfig:
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def scored_positions(self) -> int:
+        """At how many positions, counted from the end of a sequence, the prediction enters the loss."""
+        return 1 if self.data == "recall" else self.seq_len
+
+    @property
+    def residual_gain(self) -> float:
+        """a, the factor on the residual stream before a sublayer is added: above 1 only for DeepNorm."""
+        return (2 * self.n_layers) ** 0.25 if self.norm.startswith("deepnorm") else 1.0
 
     @property
     def scale(self) -> float:
@@ -213,7 +241,7 @@ def _coerce(name: str, value, kind):
         if value is None:
             return None
         kind = next(k for k in kind.__args__ if k is not types.NoneType)
-    expected = {str: str, int: numbers.Integral, float: numbers.Real}[kind]
-    if isinstance(value, bool) or not isinstance(value, expected):
+    expected = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}[kind]
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, expected):
         raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
     return kind(value) + 0.0 if kind is float else kind(value)  # + 0.0: -0.0 must not get a key of its own

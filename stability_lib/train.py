@@ -64,6 +64,11 @@ def loss_terms(logits_BxTxV: Tensor, targets_BxT: Tensor, z_loss: float) -> tupl
     return cross_entropy, cross_entropy + z_loss * log_z.square().mean() if z_loss else cross_entropy
 
 
+def scored(config: RunConfig, logits_BxTxV: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and targets at the positions that count, out of sequences [B, T + 1]."""
+    return logits_BxTxV[:, -config.scored_positions:], sequences[:, -config.scored_positions:]
+
+
 def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) -> float:
     """Cross-entropy in nats per token over validation `windows` [n, T + 1]."""
     total = 0.0
@@ -72,7 +77,7 @@ def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) 
             chunk = chunk.to(device)
             with autocast(config, device):
                 logits = model(chunk[:, :-1])
-            total += float(loss_terms(logits, chunk[:, 1:], 0.0)[0]) * len(chunk)
+            total += float(loss_terms(*scored(config, logits, chunk), 0.0)[0]) * len(chunk)
     return total / len(windows)
 
 
@@ -123,7 +128,7 @@ def _train(config: RunConfig, device: str) -> RunResult:
         with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
             with autocast(config, device):
                 logits = model(batch[:, :-1])
-            loss, objective = loss_terms(logits, batch[:, 1:], config.z_loss)
+            loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         if probe:
