@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept", file=sys.stderr)
+        return 130
 
 
 def _reproduce(options) -> int:
@@ -82,7 +85,7 @@ def _reference(options) -> int:
 
 def _promote(options) -> int:
     configs = studies.configs(options.study, options.scale)
-    count = runs.promote(options.study, configs, runs.locate(options.study).local)
+    count = runs.promote(options.study, configs, runs.load(runs.locate(options.study)))
     print(f"{options.study}: {count} runs are the reference now")
     return 0
 

@@ -1,7 +1,7 @@
 """One training run as data: `RunConfig`, grids of configs, canonical JSON and the run key.
 
-Every field of `RunConfig` determines the result of the run and therefore enters its key. What does
-not (device, host, labels) is recorded beside the result by `runs` and never hashed.
+A field of `RunConfig` is what can determine the result of a run, and therefore enters its key. What cannot
+(device, host, labels) is recorded beside the result by `runs` and never hashed.
 """
 
 import dataclasses

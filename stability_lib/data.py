@@ -47,7 +47,7 @@ def load(name: str) -> Tokens:
 def _load(name: str) -> Tokens:
     train, valid = TEXTS[name]()
     text = np.frombuffer(train + valid, dtype=np.uint8)
-    symbols = np.unique(text)
+    symbols = np.flatnonzero(np.bincount(text, minlength=256))
     code_of = np.zeros(256, dtype=np.uint8)
     code_of[symbols] = np.arange(len(symbols))
     codes = torch.from_numpy(code_of[text])

@@ -82,6 +82,8 @@ def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform
         raise ValueError(unknown("weights", weights, LR_WEIGHTS))
     groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*by, "seed"], dropna=False)
     grids = {tuple(group["lr"]) for _, group in groups}
+    if any(len(set(grid)) < len(grid) for grid in grids):
+        raise ValueError(f"more than one run per LR in a group: add to {by} the field that tells them apart")
     if len(grids) != 1:
         raise ValueError(f"LR sensitivity compares groups on one LR grid, these have {len(grids)}: select common LRs")
 
@@ -95,28 +97,43 @@ def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform
     return groups.apply(one, include_groups=False).reset_index()
 
 
-def mark_failing(runs: pd.DataFrame, by: list[str]) -> pd.Series:
-    """True where a run diverged, or its LR is above the best LR of its group (by the mean over seeds) and its final
-    loss more than `FAILS_BY` above the best mean loss. A run that learns too slowly at a low LR does not fail."""
+def beyond_best(runs: pd.DataFrame, by: list[str]) -> pd.Series:
+    """How far a run's loss lies above the best mean loss of its group where its LR is above the group's best LR (by
+    the mean over seeds), else -inf: a run that learns too slowly at a low LR does not fail. Inf where it diverged."""
     loss, groups = capped_loss(runs), [runs[name] for name in by]
     over_seeds = loss.groupby([*groups, runs["lr"]], dropna=False).transform("mean")
     best_loss = over_seeds.groupby(groups, dropna=False).transform("min")
     best_lr = runs["lr"].where(over_seeds == best_loss).groupby(groups, dropna=False).transform("min")
-    too_high = (runs["lr"] > best_lr) & (loss - best_loss > FAILS_BY)
-    return (too_high | (runs["status"] != "ok")).rename("failing")
+    excess = (loss - best_loss).where(runs["lr"] > best_lr, -np.inf)
+    return excess.where(runs["status"] == "ok", np.inf).rename("excess")
 
 
-def stable_lr(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Per group and seed: `failing_lr`, the lowest LR that fails, and `largest_stable_lr`, the largest LR below it.
+def mark_failing(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd.Series:
+    """True where a run diverged, or ended more than `margin` above the best mean loss of its group at an LR above the
+    group's best one."""
+    return (beyond_best(runs, by) > margin).rename("failing")
 
-    Where no LR fails, `failing_lr` is infinite; where the lowest one does, `largest_stable_lr` is 0.
+
+def stable_lr(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd.DataFrame:
+    """Per group and seed: `failing_lr`, the lowest LR that fails, `largest_stable_lr`, the largest LR below it, and
+    `crossing_lr` between the two, where the loss passes the margin, by linear interpolation in log LR.
+
+    Where no LR fails, `failing_lr` and `crossing_lr` are infinite; where the lowest one does, `largest_stable_lr` is
+    0. `crossing_lr` is the failing LR where there is nothing finite to interpolate.
     """
-    runs = runs.assign(failing=mark_failing(runs, by))
+    runs = runs.assign(excess=beyond_best(runs, by), loss=capped_loss(runs))
 
     def one(group: pd.DataFrame) -> pd.Series:
-        failing = group.loc[group["failing"], "lr"].min() if group["failing"].any() else np.inf
-        below = group.loc[group["lr"] < failing, "lr"]
-        return pd.Series({"failing_lr": failing, "largest_stable_lr": below.max() if len(below) else 0.0})
+        group = group.sort_values("lr")
+        failing = group.loc[group["excess"] > margin, "lr"].min() if (group["excess"] > margin).any() else np.inf
+        below, first = group[group["lr"] < failing], group[group["lr"] == failing]
+        crossing = failing
+        if len(below) and len(first) and np.isfinite(first["excess"].iloc[0]):
+            rise = first["loss"].iloc[0] - below["loss"].iloc[-1]
+            missing = margin - (first["excess"].iloc[0] - rise)  # how far the last stable loss is from the margin
+            crossing = below["lr"].iloc[-1] * (failing / below["lr"].iloc[-1]) ** np.clip(missing / rise, 0, 1)
+        return pd.Series({"failing_lr": failing, "largest_stable_lr": below["lr"].max() if len(below) else 0.0,
+                          "crossing_lr": crossing})
 
     return runs.groupby([*by, "seed"], dropna=False).apply(one, include_groups=False).reset_index()
 
@@ -137,7 +154,7 @@ def difference(frame: pd.DataFrame, value: str, between: str, high: object, low:
     seed first. Raises `ValueError` where a pair is incomplete or not finite."""
     frame = frame[frame[between].isin([high, low])]
     _reject_nan(frame[value].to_numpy(dtype=float))
-    wide = frame.groupby([*pair, between], dropna=False)[value].mean().unstack(between)
+    wide = frame.groupby([*pair, between], dropna=False)[value].mean().unstack(between).reindex(columns=[high, low])
     gap = (wide[high] - wide[low]).rename("gap")
     if gap.isna().any():
         raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")

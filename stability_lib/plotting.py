@@ -65,12 +65,13 @@ def loss_against_lr(ax: Axes, runs: pd.DataFrame) -> Axes:
 
 
 def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
-    """A number per seed against the parameter count N: seeds as dots, mean and 95% interval, a line per qk-norm."""
+    """A number per seed against the parameter count N: seeds as dots (hollow without qk-norm), mean, 95% interval."""
     colour, ends = "0.25", []
     for qk, group in frame.groupby("qk_norm"):
         sns.lineplot(group, x="n_params", y=y, ax=ax, color=colour, errorbar=_interval, legend=False, marker="",
                      linestyle=LINE[qk], err_kws={"alpha": 0.12, "linewidth": 0})
-        ax.scatter(group["n_params"], group[y], s=18, color=colour, alpha=0.6, linewidths=0)
+        ax.scatter(group["n_params"], group[y], s=24, facecolors="white" if qk == "none" else colour, edgecolors=colour,
+                   zorder=3)
         last = group[group["n_params"] == group["n_params"].max()]
         ends.append((last["n_params"].iloc[0], last[y].mean(), QK_LABEL[qk], colour))
     sizes = sorted(frame["n_params"].unique())

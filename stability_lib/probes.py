@@ -97,7 +97,7 @@ def _read_attention(readings: Readings, block: str):
         largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~causal_TxT, -math.inf).max(-1)
         largest, query = largest_BxHxT.flatten().max(0)
         # <q_i, k_j> at the largest logit over the product of the two norms; clamp: a zero query has no direction
-        norms = q_norm.flatten().take(query) * k_norm.gather(-1, key_BxHxT).flatten().take(query)
+        norms = (q_norm * k_norm.gather(-1, key_BxHxT)).flatten().index_select(0, query.view(1))[0]
         readings[f"attention_logit_max/{block}"] = largest
         readings[f"qk_cosine_at_max/{block}"] = largest / (core.scale * norms).clamp_min(1e-30)
         readings[f"q_rms/{block}"] = q.square().mean().sqrt()

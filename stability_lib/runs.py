@@ -125,7 +125,8 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
     Args:
         study: a study's name, or a `Store`.
         device: `auto`, `cpu`, `cuda` or `mps`, for missing runs; cached runs are used whatever trained them.
-        executor: any `concurrent.futures.Executor`; default loky processes with one CPU thread each.
+        executor: any `concurrent.futures.Executor` (one of threads should have one worker: torch's number of threads
+            belongs to the process); default loky processes with one CPU thread each.
         workers: how many default processes; default one per core on the CPU, one on an accelerator.
         max_new: raise `MissingRuns` before any training if more runs than this are missing.
         recompute: train every run again; the new rows replace the stored ones.
@@ -224,16 +225,15 @@ def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", 
             "seconds": estimate_seconds(missing, device) / workers if missing else 0.0}
 
 
-def promote(study: str, configs: Iterable[RunConfig], source: Path) -> int:
-    """Make the runs of `source` for `configs` the committed reference, in grid order; returns how many.
+def promote(study: str, configs: Iterable[RunConfig], rows: dict[str, dict]) -> int:
+    """Make those of `rows` (from `read` or `load`) that belong to `configs` the committed reference, in grid order.
 
-    Raises `MissingRuns` and leaves the reference alone where `source` lacks one of them.
+    Returns how many. Raises `MissingRuns` and leaves the reference alone where one of them is missing.
     """
-    rows, keys = read(source), list(dict.fromkeys(run_key(config) for config in configs))
+    keys = list(dict.fromkeys(run_key(config) for config in configs))
     absent = [key for key in keys if key not in rows]
     if absent:
-        raise MissingRuns(f"{source} lacks {len(absent)} of the {len(keys)} runs of {study!r}: "
-                          "train them before promoting")
+        raise MissingRuns(f"{len(absent)} of the {len(keys)} runs of {study!r} are missing: train them, then promote")
     target = locate(study).reference
     draft = target.with_suffix(".tmp")
     try:
@@ -377,13 +377,21 @@ def _rounded(value: float) -> float | None:
 
 @functools.cache
 def _machine() -> dict:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
     return {"torch": torch.__version__, "python": platform.python_version(), "stability_lib": __version__,
-            "commit": commit, "platform": platform.platform()}
+            "commit": commit(), "platform": platform.platform()}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The checkout's commit, `-dirty` where files differ from it; None outside a checkout of this project."""
+    root = project_root()
+    if not (root / "pyproject.toml").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 # writing

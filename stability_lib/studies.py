@@ -19,7 +19,8 @@ def size(d_model: int, n_layers: int, d_head: int = 16) -> dict:
 
 
 # Sizes grow in width, depth and heads together, with the schedule's proportions of paper P (5% warm-up).
-# The paper's smallest (2.4M) and largest (1.2B) size are its own; the ones between are ours.
+# The paper's smallest (2.4M) and largest (1.2B) size are its own; the ones between are ours, and so are bytes of C4 in
+# place of its subwords.
 _SIZES = {
     "quick": [size(32, 2), size(64, 3)],
     "cpu": [size(32, 2), size(64, 3), size(96, 5)],

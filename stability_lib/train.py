@@ -44,12 +44,12 @@ class RunResult:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes cuda, mps or cpu, whichever is present first. Raises `ValueError` for an absent device."""
+    """`auto` becomes cuda where there is one, else cpu (mps must be asked for). Raises `ValueError` where absent."""
     if device not in DEVICES:
         raise ValueError(unknown("device", device, DEVICES))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        return next(name for name, here in present.items() if here)
+        return "cuda" if present["cuda"] else "cpu"
     if not present[device]:
         raise ValueError(f"device {device!r} is not available here: choose auto or "
                          + " or ".join(name for name, here in present.items() if here))

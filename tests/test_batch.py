@@ -69,7 +69,7 @@ def test_a_batch_goes_on_after_failures_and_reports_them(folder, tmp_path, capsy
     write(folder, "03_hangs", "import time\ntime.sleep(600)")
     write(folder, "04_works", "assert scale == 'quick'", PLOT, PUBLISH)
     output = tmp_path / "out"
-    code = main(["reproduce", "--scale", "quick", "--cell-timeout", "5", "--output", str(output)])
+    code = main(["reproduce", "--scale", "quick", "--cell-timeout", "20", "--output", str(output)])
     printed = capsys.readouterr().out
     assert code == 1
     assert len(re.findall(r"^0[123]_\w+ FAILED", printed, flags=re.M)) == 3

@@ -22,7 +22,7 @@ def board(monkeypatch):
 
 @pytest.mark.parametrize("low, value, high, expected", [
     (0.6, 1.0, 1.4, "reproduced"), (0.4, 1.0, 1.6, "partly"), (0.1, 0.4, 0.9, "not reproduced"),
-    (-math.inf, 1.0, math.inf, "partly"), (0.5, 0.5, 0.5, "not reproduced")])
+    (-math.inf, 1.0, math.inf, "partly"), (0.5, 0.5, 0.5, "not reproduced"), (1.0, 1.0, 1.0, "partly")])
 def test_a_verdict_needs_the_whole_interval_on_the_claimed_side(low, value, high, expected):
     assert claims.verdict(RISES, Estimate(value, low, high, 3)) == expected
     assert claims.verdict(FALLS, Estimate(-value, -high, -low, 3)) == expected

@@ -673,7 +673,7 @@ def test_a_plan_counts_cached_and_missing_runs_and_trains_nothing(store, stored,
 def test_promoting_writes_the_grid_in_its_order_and_nothing_else(checkout, stored):
     source = checkout / "source.jsonl"
     source.write_bytes(stored[2] + edited(stored[0], loss_final=9.0) + stored[1] + stored[0])
-    assert runs.promote("study", [THREE[0], THREE[2], THREE[0]], source) == 2
+    assert runs.promote("study", [THREE[0], THREE[2], THREE[0]], runs.read(source)) == 2
     reference = checkout / "data" / "runs" / "study.jsonl"
     assert reference.read_bytes() == stored[0] + stored[2]
     assert list(reference.parent.iterdir()) == [reference]
@@ -684,8 +684,8 @@ def test_an_incomplete_grid_is_not_promoted_and_the_reference_stays(checkout, st
     source, reference = checkout / "source.jsonl", checkout / "data" / "runs" / "study.jsonl"
     source.write_bytes(stored[0])
     reference.write_bytes(stored[1])
-    with pytest.raises(MissingRuns, match=r"lacks 2 of the 3 runs of 'study'"):
-        runs.promote("study", THREE, source)
+    with pytest.raises(MissingRuns, match=r"2 of the 3 runs of 'study' are missing"):
+        runs.promote("study", THREE, runs.read(source))
     assert reference.read_bytes() == stored[1]
 
 
@@ -699,7 +699,7 @@ def test_a_promotion_that_cannot_be_written_leaves_the_reference_as_it_was(check
 
     monkeypatch.setattr(runs.os, "fsync", full)
     with pytest.raises(StoreError, match=r"No space left .*the reference is as it was"):
-        runs.promote("study", THREE, source)
+        runs.promote("study", THREE, runs.read(source))
     assert reference.read_bytes() == stored[1]
     assert list(reference.parent.iterdir()) == [reference]
 

@@ -279,10 +279,10 @@ def test_an_absent_device_is_named_with_those_present(tiny, only_cpu, device):
         train_run(tiny, device=device)
 
 
-def test_auto_is_the_first_device_present(monkeypatch, only_cpu):
+def test_auto_is_cuda_where_there_is_one_and_never_mps(monkeypatch, only_cpu):
     assert resolve_device("auto") == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve_device("auto") == "mps"
+    assert resolve_device("auto") == "cpu" and resolve_device("mps") == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == "cuda" and resolve_device("cpu") == "cpu"
 
