@@ -1,0 +1,288 @@
+"""The profile against Algorithm 1 written out, known spectra, the paper's theorems and peers' models."""
+
+import math
+import weakref
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from stability_lib import data, koopman, models
+from stability_lib.config import CHOICES, RunConfig, replace
+from stability_lib.koopman import ProfileError, layer_profile, profile
+
+
+def states(a: np.ndarray, n: int = 400, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """n random states and what the linear map `a` makes of them, rows."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, len(a))) @ rng.normal(size=a.shape) + 3.0
+    return x, x @ a.T + noise * rng.normal(size=x.shape) - 1.0
+
+
+def algorithm_1(x: np.ndarray, y: np.ndarray, eps: float = 1e-5) -> dict:
+    """Paper K's Algorithm 1 and eqs. 5 and 10 as they are printed: columns are samples, everything is formed."""
+    x, y = (s.T - s.T.mean(1, keepdims=True) for s in (x, y))
+    values, vectors = np.linalg.eigh(x @ x.T / (x.shape[1] - 1) + eps * np.eye(len(x)))
+    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
+    x, y = whiten @ x, whiten @ y
+    a = y @ np.linalg.pinv(x)
+    eigenvalues, right = np.linalg.eig(a)
+    left = np.linalg.inv(right)  # rows u_j^*
+    residuals = [np.linalg.norm(u @ (y - value * x)) / np.linalg.norm(u @ x)
+                 for u, value in zip(left, eigenvalues, strict=True)]
+    return {"values": eigenvalues, "kappa": np.linalg.cond(right), "residuals": np.array(residuals),
+            "eta": np.linalg.norm(y - a @ x) / np.linalg.norm(y - x)}
+
+
+def by_size(values) -> np.ndarray:
+    return np.array(sorted(values, key=lambda z: (round(-abs(z), 8), round(-z.imag, 8))))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_layers_profile_is_algorithm_1(noise):
+    x, y = states(np.random.default_rng(1).normal(size=(12, 12)) / 3, noise=noise)
+    ours, written_out = layer_profile(x, y), algorithm_1(x, y)
+    np.testing.assert_allclose(by_size(ours.eigenvalues), by_size(written_out["values"]), atol=1e-9)
+    assert ours.eigenvector_condition == pytest.approx(written_out["kappa"], rel=1e-6)
+    assert ours.nonlinearity == pytest.approx(written_out["eta"], abs=1e-7)
+    np.testing.assert_allclose(np.sort(ours.residuals), np.sort(written_out["residuals"]), atol=1e-7)
+    size = np.abs(written_out["values"])
+    assert ours.near_unit_mass == np.mean((size >= 0.9) & (size <= 1.05))
+    assert ours.expansive_mass == np.mean(size > 1.05) and ours.contractive_mass == np.mean(size < 0.8)
+    assert ours.reliable_share == np.mean(written_out["residuals"] <= 0.1)
+
+
+def test_whitening_is_a_similarity_so_eigenvalues_are_those_of_plain_dmd():
+    x, y = states(np.random.default_rng(2).normal(size=(16, 16)) / 4, noise=0.5)
+    plain = np.linalg.eigvals(np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=None)[0].T)
+    for ours in (koopman.eigenvalues(x, y), layer_profile(x, y).eigenvalues, layer_profile(x, y, eps=1.0).eigenvalues):
+        np.testing.assert_allclose(by_size(ours), by_size(plain), atol=1e-10)
+
+
+TURN = np.array([[math.cos(0.7), -math.sin(0.7)], [math.sin(0.7), math.cos(0.7)]])
+
+
+@pytest.mark.parametrize("a, near, rho", [(TURN, 1.0, 1.0), (0.5 * TURN, 0.0, 0.5), (1.5 * np.eye(3), 0.0, 1.5),
+                                          (np.diag([0.95, 1.0, 0.2, 2.0]), 0.5, 2.0)])
+def test_toy_systems_have_their_known_spectra(a, near, rho):
+    found = layer_profile(*states(a))
+    assert found.near_unit_mass == near
+    assert found.spectral_radius == pytest.approx(rho, abs=1e-9)
+    assert found.nonlinearity == pytest.approx(0, abs=1e-6) and found.reliable_share == 1.0
+    assert math.isinf(found.kreiss) == (rho > 1)
+
+
+def test_only_modes_that_the_data_determine_are_counted():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 20))
+    found = layer_profile(x, 0.95 * x)
+    assert (found.modes, found.width) == (5, 20)
+    np.testing.assert_allclose(found.eigenvalues, 0.95, atol=1e-8)
+    assert found.near_unit_mass == 1.0
+    few = layer_profile(*states(np.eye(30) * 0.5, n=11))
+    assert few.modes == 10 and few.contractive_mass == 1.0
+
+
+def test_a_rank_r_profile_of_rank_r_data_is_the_exact_one():
+    rng = np.random.default_rng(4)
+    basis = np.linalg.qr(rng.normal(size=(40, 6)))[0]
+    x = rng.normal(size=(300, 6)) @ basis.T
+    y = x @ basis @ (rng.normal(size=(6, 6)) / 2) @ basis.T
+    exact, low = layer_profile(x, y), layer_profile(x, y, rank=6)
+    np.testing.assert_allclose(by_size(low.eigenvalues), by_size(exact.eigenvalues), atol=1e-8)
+    assert low.eigenvector_condition == pytest.approx(exact.eigenvector_condition, rel=1e-4)
+
+
+# theory
+
+@given(st.integers(2, 8), st.integers(0, 10_000))
+def test_masses_sum_to_one(width, seed):
+    a = np.random.default_rng(seed).normal(size=(width, width)) / math.sqrt(width)
+    found = layer_profile(*states(a, seed=seed))
+    masses = (found.near_unit_mass, found.expansive_mass, found.contractive_mass, found.mid_mass)
+    assert sum(masses) == pytest.approx(1) and min(masses) >= 0
+
+
+@given(st.integers(2, 8), st.integers(0, 10_000))
+def test_theorem_1_energy_of_a_normal_map_is_the_mean_squared_modulus(width, seed):
+    rng = np.random.default_rng(seed)
+    unitary = np.linalg.qr(rng.normal(size=(width, width)) + 1j * rng.normal(size=(width, width)))[0]
+    values = rng.uniform(0, 1.05, size=width) * np.exp(2j * math.pi * rng.uniform(size=width))
+    a = unitary @ np.diag(values) @ unitary.conj().T
+    energy = np.linalg.norm(a) ** 2 / width  # E ||A x||^2 for x uniform on the sphere is tr(A^* A) / d
+    size = np.abs(values)
+    near = np.mean((size >= 0.9) & (size <= 1.05))
+    assert energy == pytest.approx(np.mean(size**2))
+    assert 0.9**2 * near - 1e-12 <= energy <= 1.05**2 + 1e-12
+
+
+@given(st.integers(2, 7), st.integers(0, 10_000))
+def test_bauer_fike_with_the_profiles_kappa(width, seed):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(width, width)) / math.sqrt(width)
+    x = np.linalg.qr(rng.normal(size=(200, width)))[0]
+    found = layer_profile(x, x @ a.T, eps=1e-12)
+    values, right = np.linalg.eig(a)
+    change = 1e-3 * rng.normal(size=a.shape)
+    moved = np.linalg.eigvals(a + change)
+    bound = np.linalg.cond(right) * np.linalg.norm(change, 2)
+    assert all(np.abs(values - z).min() <= bound + 1e-12 for z in moved)
+    np.testing.assert_allclose(by_size(found.eigenvalues), by_size(values), atol=1e-6)
+
+
+@given(st.integers(2, 7), st.integers(0, 10_000))
+def test_kreiss_bounds_of_theorem_5(width, seed):
+    rng = np.random.default_rng(seed)
+    a = np.triu(rng.normal(size=(width, width)), 1) * 2 + np.diag(rng.uniform(-0.9, 0.9, size=width))
+    constant = koopman.kreiss_constant(a)
+    powers = [np.linalg.norm(np.linalg.matrix_power(a, n), 2) for n in range(200)]
+    assert constant <= max(powers) * (1 + 1e-6)
+    assert max(powers) <= math.e * width * constant * (1 + 1e-6)
+
+
+def test_kreiss_constants_that_are_known():
+    assert koopman.kreiss_constant(TURN) == pytest.approx(1, abs=1e-6)
+    assert koopman.kreiss_constant(np.diag([0.3, -0.9])) == 1.0
+    assert koopman.kreiss_constant(np.diag([0.3, 1.2])) == math.inf
+    b = 8.0  # nilpotent: ||(zI - A)^-1|| is a function of |z| alone
+    radius = 1 + np.geomspace(1e-3, 1e3, 20_001)
+    resolvent = [np.linalg.norm([[1 / r, b / r**2], [0, 1 / r]], 2) for r in radius]
+    brute = max((radius - 1) * resolvent)
+    assert koopman.kreiss_constant(np.array([[0, b], [0, 0]])) == pytest.approx(brute, rel=1e-5)
+
+
+# models
+
+def token_ids(vocabulary: int, shape=(8, 12)) -> torch.Tensor:
+    return torch.randint(vocabulary, shape)
+
+
+@pytest.mark.parametrize("norm", CHOICES["norm"])
+def test_our_decoders_are_profiled_as_their_blocks_map_the_stream(tiny, norm):
+    config = replace(tiny, norm=norm, positions="learned", init="gpt2", biases=True, batch_size=32)
+    model, tokens = models.build(config, 40), token_ids(40, (32, config.seq_len))
+    found = profile(model, tokens, snapshots=None)
+    with torch.no_grad():
+        x = model.embed(tokens) + model.positions.weight
+        for block, layer in zip(model.blocks, found.layers, strict=True):
+            y = block(x)
+            expected = layer_profile(x.flatten(0, 1), y.flatten(0, 1))
+            np.testing.assert_allclose(layer.eigenvalues, expected.eigenvalues, atol=1e-6)
+            x = y
+    assert list(found.table()["layer"]) == [0, 1]
+
+
+@pytest.mark.parametrize("build", [
+    lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=3, n_head=2,
+                                       bos_token_id=0, eos_token_id=0)),
+    lambda: LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                                         num_attention_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)),
+    lambda: BertModel(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                                 intermediate_size=32, max_position_embeddings=16)),
+], ids=["gpt2", "llama", "bert"])
+def test_hugging_face_models_are_profiled_along_their_hidden_states(build):
+    model, tokens = build().eval(), token_ids(40)
+    found = profile(model, {"input_ids": tokens}, snapshots=None)
+    with torch.no_grad():
+        hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert len(found.layers) == 3
+    for layer in found.layers[:-1]:  # the last of hidden_states may lie behind a final norm
+        expected = layer_profile(*(h.flatten(0, 1) for h in hidden[layer.layer: layer.layer + 2]))
+        np.testing.assert_allclose(layer.eigenvalues, expected.eigenvalues, atol=1e-6)
+
+
+def test_profiling_leaves_the_model_and_the_random_numbers_as_they_were(tiny):
+    layers = (nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout()) for _ in range(3))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*layers)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    first = profile(model, torch.linspace(-1, 1, 800).reshape(100, 8).sin(), layers="1")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    again = profile(model, torch.linspace(-1, 1, 800).reshape(100, 8).sin(), layers="1")
+    assert first.table().equals(again.table())
+
+
+def test_layers_are_reduced_as_they_stream_by():
+    alive, most = weakref.WeakSet(), []
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            y = x * 0.9
+            alive.add(y)
+            most.append(len(alive))
+            return y
+
+    profile(nn.Sequential(*(Layer() for _ in range(12))), torch.randn(64, 4))
+    assert max(most) <= 3
+
+
+def test_a_layer_that_changes_nothing_is_flagged_and_not_scored():
+    class ReZero(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.gate, self.inner = gate, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.gate * self.inner(x)
+
+    found = profile(nn.Sequential(ReZero(0.0), ReZero(1.0)), torch.randn(200, 8))
+    assert list(found.table()["degenerate"]) == [True, False]
+    assert found.risk == found.layers[1].near_unit_mass
+    untouched = profile(nn.Sequential(ReZero(0.0), ReZero(0.0)), torch.randn(200, 8))
+    assert math.isnan(untouched.risk) and untouched.verdict().startswith("not scored")
+
+
+@pytest.mark.parametrize("spectrum, word", [(0.5, "go"), (1.0, "high risk")])
+def test_the_verdict_follows_the_papers_flow(spectrum, word):
+    layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for layer in layers:
+        nn.init.eye_(layer.weight).data.mul_(spectrum if spectrum < 1 else -1)
+    assert profile(layers, torch.randn(100, 4)).verdict().startswith(word)
+
+
+def test_token_positions_and_masks_choose_the_states(tiny):
+    model, tokens = models.build(tiny, 40), token_ids(40, (32, tiny.seq_len))
+    assert profile(model, tokens, positions="last").layers[0].snapshots == 32
+    assert profile(model, tokens, positions=[0, -1]).layers[0].snapshots == 64
+    assert profile(model, tokens, positions=lambda t: t < 9).layers[0].snapshots == int((tokens < 9).sum())
+    assert profile(model, tokens, snapshots=50).layers[0].snapshots == 50
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: profile(nn.Linear(3, 3), torch.randn(5, 3)), "has no residual stream"),
+    (lambda: profile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(1, 3)), "too few"),
+    (lambda: profile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.ones(9, 3)), "does not vary"),
+    (lambda: profile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.full((9, 3), math.nan)), "not finite"),
+    (lambda: profile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(9, 3), layers="2"), "unknown module"),
+    (lambda: layer_profile(np.eye(4), np.eye(5)), "keep the stream's width"),
+    (lambda: layer_profile(np.eye(4), np.eye(4), eps=0.0), "eps must be positive"),
+])
+def test_what_cannot_be_profiled_is_named(call, message):
+    with pytest.raises(ProfileError, match=message):
+        call()
+
+
+def test_gpt2_initialisation_gives_the_spectra_that_the_norms_differ_by():
+    """Near-unit mass of paper K's table 1: about 0.16 for Pre-LN and RMSNorm, most of the modes without norms."""
+    found = {}
+    for norm in ("pre_ln", "rmsnorm", "no_norm"):
+        config = RunConfig(data="recall", d_model=64, n_layers=4, norm=norm, positions="learned", biases=True,
+                           init="gpt2", qk_norm="none", eval_sequences=32)
+        found[norm] = profile(models.build(config, 256), data.validation(config)[:, :-1], kreiss=False).risk
+    assert found["pre_ln"] < 0.4 and found["rmsnorm"] < 0.4 < 0.9 < found["no_norm"]
+
+
+def test_figures_draw_every_layer(tiny):
+    found = profile(models.build(tiny, 40), token_ids(40, (32, tiny.seq_len)))
+    _, (left, right) = plt.subplots(1, 2)
+    assert koopman.draw_eigenvalues(left, found) is left and koopman.draw_depth(right, found) is right
+    assert len(left.collections) == len(found.layers) and len(right.lines) == 3
+    plt.close("all")
