@@ -323,8 +323,8 @@ def kreiss_constant(a_MxM: np.ndarray) -> float:
     Infinite where the spectral radius is above 1; A / rho has a finite one there. 1 where ||A|| <= 1. Else a grid, even
     in angle and in log(|z| - 1) plus the angles of the 32 largest eigenvalues, is ranked on the Schur form and its five
     highest peaks are climbed, each to 1e-6 relative: a lower bound where the grid misses a higher one. |z| - 1 goes
-    from 1e-6, where a defective eigenvalue on the circle gives 1e5 or more for infinity, to 1000 ||A||; from there on the
-    function is below 1.001.
+    from 1e-6, where a defective eigenvalue on the circle gives 1e5 or more for infinity, to 1000 ||A||; from there
+    on the function is below 1.001.
     """
     a_MxM = np.asarray(a_MxM)
     schur = linalg.rsf2csf(*linalg.schur(a_MxM))[0]
