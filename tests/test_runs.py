@@ -556,12 +556,22 @@ def has_runs(store: Store) -> bool:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    """Those that still run; a process may vanish between two questions about it."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def workers(parent: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(parent).children()
-            if p.status() != psutil.STATUS_ZOMBIE and any("popen_loky" in part for part in p.cmdline())]
+    found = []
+    for process in alive(psutil.Process(parent).children()):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if any("popen_loky" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.slow
