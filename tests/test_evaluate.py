@@ -256,3 +256,13 @@ def test_a_difference_does_not_drop_a_loss_that_is_not_finite_silently():
 
 def test_an_estimate_reads_as_a_value_with_its_interval():
     assert str(evaluate.Estimate(0.51234, 0.4, 0.6, 3)) == "0.512 [0.4, 0.6]"
+
+
+def test_the_crossing_lr_lies_where_the_loss_passes_the_margin_on_a_log_axis():
+    table = pd.DataFrame({"size": 1, "seed": 0, "lr": [0.01, 0.1, 1.0], "status": "ok", "loss_init": 9.0,
+                          "loss_final": [2.0, 2.2, 3.2], "key": list("abc")})
+    found = evaluate.stable_lr(table, ["size"], margin=0.7).iloc[0]
+    assert (found["failing_lr"], found["largest_stable_lr"]) == (1.0, 0.1)
+    assert found["crossing_lr"] == pytest.approx(0.1 * 10**0.5)  # 2.7 is halfway from 2.2 to 3.2
+    assert evaluate.stable_lr(table, ["size"], margin=0.1).iloc[0]["crossing_lr"] == pytest.approx(0.01 * 10**0.5)
+    assert np.isinf(evaluate.stable_lr(table, ["size"], margin=5.0).iloc[0]["crossing_lr"])
