@@ -98,6 +98,7 @@ def reproduce(paths: list[Path], output: Path, parameters: dict, cell_timeout: i
     Session(**{name: value for name, value in parameters.items() if name in Session.__dataclass_fields__})
     output.mkdir(parents=True, exist_ok=True)
     os.environ[runs.HEADLESS] = "1"
+    os.environ[runs.FRESH_SINCE] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     rows = []
     for path in paths:
         print(f"{path.stem} ...", flush=True)

@@ -1,4 +1,4 @@
-"""The parts of a Transformer block: rotary positions, causal attention with qk-norm, and the MLP.
+"""The parts of a Transformer block: rotary positions, attention with qk-norm, and the MLP.
 
 Dimensions: B batch, T position, D model, H heads, E head size (D = H E).
 """
@@ -51,30 +51,35 @@ def transplant(z: Tensor, kappa: float) -> Tensor:
 
 
 class AttentionCore(nn.Module):
-    """Causal attention of given queries and keys. It has no parameters and is a module so that a
+    """Attention of given queries and keys, causal but for images. It has no parameters and is a module so that a
     forward hook sees q and k exactly as they enter the logits, after norm and rotation."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
         self.scale = config.scale
         self.pointwise = config.attention == "squared_relu"
+        self.causal = config.causal
 
     def logits(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor) -> Tensor:
         """z_ij = scale <q_i, k_j>, [B, H, T, T], not masked (paper P, Sec. 3.1.1)."""
         return q_BxHxTxE @ k_BxHxTxE.mT * self.scale
 
     def weights(self, z_BxHxTxT: Tensor) -> Tensor:
-        """Attention weights of logits: the causal softmax, or relu(z)^2 / sqrt(T) (Fig. E.11)."""
-        length = z_BxHxTxT.shape[-1]
+        """Attention weights of logits: the softmax over visible keys, or relu(z)^2 / sqrt(T) (Fig. E.11)."""
+        hidden = ~self.visible(z_BxHxTxT)
         if self.pointwise:
-            return z_BxHxTxT.relu().square().tril() / math.sqrt(length)
-        future = torch.ones(length, length, dtype=torch.bool, device=z_BxHxTxT.device).triu(1)
-        return z_BxHxTxT.masked_fill(future, -math.inf).softmax(-1)
+            return z_BxHxTxT.relu().square().masked_fill(hidden, 0.0) / math.sqrt(z_BxHxTxT.shape[-1])
+        return z_BxHxTxT.masked_fill(hidden, -math.inf).softmax(-1)
+
+    def visible(self, z_BxHxTxT: Tensor) -> Tensor:
+        """Which key (column) each query (row) sees, bool [T, T]."""
+        all_TxT = torch.ones(z_BxHxTxT.shape[-2:], dtype=torch.bool, device=z_BxHxTxT.device)
+        return all_TxT.tril() if self.causal else all_TxT
 
     def forward(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor, v_BxHxTxE: Tensor) -> Tensor:
         if self.pointwise:
             return self.weights(self.logits(q_BxHxTxE, k_BxHxTxE)) @ v_BxHxTxE
-        return F.scaled_dot_product_attention(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE, is_causal=True, scale=self.scale)
+        return F.scaled_dot_product_attention(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE, is_causal=self.causal, scale=self.scale)
 
 
 class Attention(nn.Module):
@@ -92,7 +97,7 @@ class Attention(nn.Module):
         self.kappa = config.logit_transplant
         self.core = AttentionCore(config)
         rotary = config.positions == "rotary"
-        table = rotary_table(config.seq_len, config.d_head, config.rope_base) if rotary else None
+        table = rotary_table(config.length, config.d_head, config.rope_base) if rotary else None
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ CHOICES = {
     "attention": ("softmax", "squared_relu"),
     "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
     "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
+    "optimizer": ("adamw", "lion", "lamb"),
     "decay": ("independent", "pytorch"),
+    "tokenizer": ("bytes", "bpe"),
     "precision": ("fp32", "bf16"),
 }
 _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
@@ -45,9 +47,13 @@ class RunConfig:
 
     # data
     data: str = "shakespeare"
-    """A name in `data.SOURCES`. With `recall` (paper K, App. D.1) only the last position of a sequence is scored."""
+    """A name in `data.SOURCES`. With `recall` (paper K, App. D.1) and `digits` only the last symbol of a sequence, the
+    value or the class, is scored; `digits` makes the model a Vision Transformer on `seq_len` pixels."""
+    tokenizer: str = "bytes"
+    """What a text's symbols are. `bpe`: byte-pair encoding, learned on the training part."""
     vocab_size: int | None = None
-    """None: as many symbols as occur in the source. A larger value adds symbols that never occur."""
+    """None: as many symbols as occur in the source (4096 under `bpe`). With bytes a larger value adds symbols that
+    never occur."""
     seq_len: int = 64
     batch_size: int = 32
     recall_pairs: int = 4
@@ -60,6 +66,8 @@ class RunConfig:
     n_layers: int = 3
     n_heads: int = 4
     mlp_ratio: int = 4
+    patch_size: int = 2
+    """Side of the square patches of an image, in pixels; text pays no attention to it."""
     norm: str = "pre_ln"
     """What is normalised where (paper K, Sec. 5.1), with f a sublayer: `pre_ln` x + f(LN x); `rmsnorm`
     x + f(RMSNorm x); `post_ln` LN(x + f(x)); `deepnorm` LN(a x + f(x)) and `deepnorm_pre` a x + f(LN x), with
@@ -90,6 +98,8 @@ class RunConfig:
     """The d_model at which muParam and the standard parametrization agree."""
 
     # optimizer
+    optimizer: str = "adamw"
+    """`lion` has no `eps`; `lamb` scales each matrix's step by its own norm. Decay acts in all three alike."""
     lr: float = 1e-2
     steps: int = 400
     warmup_steps: int = 20
@@ -154,7 +164,17 @@ class RunConfig:
     @property
     def scored_positions(self) -> int:
         """At how many positions, counted from the end of a sequence, the prediction enters the loss."""
-        return 1 if self.data == "recall" else self.seq_len
+        return 1 if self.data in ("recall", "digits") else self.seq_len
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only itself and those before it; those of an image see each other."""
+        return self.data != "digits"
+
+    @property
+    def length(self) -> int:
+        """How many positions the model sees: symbols of a sequence, or patches of an image."""
+        return self.seq_len if self.causal else self.seq_len // self.patch_size**2
 
     @property
     def residual_gain(self) -> float:

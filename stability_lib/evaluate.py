@@ -97,6 +97,33 @@ def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform
     return groups.apply(one, include_groups=False).reset_index()
 
 
+def best_lr(runs: pd.DataFrame, by: list[str], *, reach: int = 1) -> pd.DataFrame:
+    """Per group `by` and seed the minimum of the LR curve: `best_lr` and `best_loss` at the vertex of a parabola in
+    log10 LR through the best LR of the grid and `reach` neighbours on each side (least squares where that is more than
+    three points).
+
+    `at_edge` marks a grid whose best LR is its lowest or highest: the minimum is then not bracketed and the grid's own
+    values stand, as they do where the parabola does not open upwards. A vertex outside the fitted LRs is moved to their
+    edge. Raises `ValueError` where a group has fewer than three LRs or more than one run at an LR.
+    """
+    def one(group: pd.DataFrame) -> pd.Series:
+        x, loss = np.log10(group["lr"].to_numpy()), group["loss"].to_numpy()
+        if len(x) < 3 or (np.diff(x) == 0).any():
+            raise ValueError(f"a minimum needs three or more LRs with one run each, got {group['lr'].to_list()}: add "
+                             f"LRs, or add to {by} the field that tells the runs apart")
+        i = loss.argmin()
+        inside, near = 0 < i < len(x) - 1, slice(max(0, i - reach), i + reach + 1)
+        vertex, lowest = 0.0, loss[i]
+        fit = np.polyfit(x[near] - x[i], loss[near], 2) if inside else np.zeros(3)
+        if fit[0] > 0:
+            vertex = np.clip(-fit[1] / (2 * fit[0]), x[near][0] - x[i], x[near][-1] - x[i])
+            lowest = np.polyval(fit, vertex)
+        return pd.Series({"best_lr": 10 ** (x[i] + vertex), "best_loss": lowest, "at_edge": float(not inside)})
+
+    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*by, "seed"], dropna=False)
+    return groups.apply(one, include_groups=False).reset_index().astype({"at_edge": bool})
+
+
 def beyond_best(runs: pd.DataFrame, by: list[str]) -> pd.Series:
     """How far a run's loss lies above the best mean loss of its group where its LR is above the group's best LR (by
     the mean over seeds), else -inf: a run that learns too slowly at a low LR does not fail. Inf where it diverged."""
@@ -159,6 +186,54 @@ def difference(frame: pd.DataFrame, value: str, between: str, high: object, low:
     if gap.isna().any():
         raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")
     return mean(gap.groupby("seed").mean())
+
+
+def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[float] | None = None,
+          within: Iterable | None = None, clusters: Iterable | None = None, resamples: int = 1000,
+          seed: int = 0) -> Estimate:
+    """The share of pairs of a failed and another run in which the failed one has the higher score; ties count half.
+
+    Args:
+        minus: another score, whose AUROC is subtracted, on the same resamples.
+        within: a label per run; only pairs with the same label count.
+        clusters: a label per run; runs that share it are resampled together. None: runs are resampled one by one,
+            which takes repetitions of one setting for independent evidence.
+
+    The interval is the percentile bootstrap's (paper K, Sec. 5.1), unstratified; resamples without a pair are left out.
+    `n` counts what is resampled. Raises `ValueError` where a score is NaN or no pair can be formed.
+    """
+    failed = np.asarray(list(failed), dtype=bool)
+    units = np.unique(np.arange(len(failed)) if clusters is None else list(clusters), return_inverse=True)[1]
+    labels = np.zeros(len(failed)) if within is None else np.unique(list(within), return_inverse=True)[1]
+    paired = np.equal.outer(labels[failed], labels[~failed])
+    if not paired.any():
+        raise ValueError(f"an AUROC of {failed.sum()} failed and {(~failed).sum()} other runs has no pairs to compare: "
+                         "choose runs of which some fail and some do not")
+    won = np.zeros(paired.shape)
+    for sign, values in ((1, score), (-1, minus)):
+        if values is not None:
+            values = np.asarray(list(values), dtype=float)
+            if len(values) != len(failed) or np.isnan(values).any():
+                raise ValueError(f"an AUROC needs a score for each of {len(failed)} runs, got {len(values)} of which "
+                                 f"{np.isnan(values).sum()} are NaN: leave such runs out on both sides")
+            high, low = values[failed][:, None], values[~failed]
+            won += sign * paired * ((high > low) + 0.5 * (high == low))
+    n = units.max() + 1
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    times = np.vstack([np.ones(len(failed)), draws[:, units]])
+    wins, pairs = (((times[:, failed] @ matrix) * times[:, ~failed]).sum(1) for matrix in (won, paired))
+    value, drawn = wins[0] / pairs[0], wins[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0]
+    return Estimate(float(value), *map(float, np.percentile(drawn, [2.5, 97.5])), int(n))
+
+
+def calibration_error(failed: Iterable[bool], probability: Iterable[float], bins: int = 10) -> float:
+    """Expected calibration error: |share that failed - mean probability| over equally wide bins, weighted by their
+    runs. Raises `ValueError` where a probability is not within [0, 1]."""
+    failed, probability = np.asarray(list(failed), dtype=float), np.asarray(list(probability), dtype=float)
+    if not len(probability) or not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError(f"calibration needs probabilities within [0, 1], got {probability[:6]}: squash scores first")
+    bin_of = np.minimum((probability * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of, failed - probability)).sum() / len(probability))
 
 
 def _reject_nan(values: np.ndarray) -> None:

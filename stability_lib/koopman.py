@@ -247,7 +247,7 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
             O(D N rank); exact where both lie in that many directions, else a profile of the dynamics within them.
         eps: added to the covariance, in squared units of the states; positive.
         cutoff: singular values of centred X up to this are rounding; None: what rounding in the states' own dtype can
-            make of them, 4 ulp ||X||_F (1/sqrt(N) + 1/sqrt(D)).
+            make of them, 4 ulp ||X||_F (1/sqrt(N) + 1/sqrt(D)), and in the arithmetic here, 64 ulp ||X||_F of float64.
         kreiss: search the Kreiss constants; None: up to 256 modes (at 768 it takes longer than all the rest). Without,
             `kreiss` is still infinite where rho > 1, and NaN elsewhere.
 
@@ -430,7 +430,8 @@ def _states(x, y, layer: int, cutoff: float | None) -> tuple[Tensor, Tensor, flo
         raise ProfileError(f"layer {layer} has {len(x)} token states, too few for a covariance: pass more inputs or "
                            f"positions, preferably several times the width {x.shape[1]}")
     if cutoff is None:
-        cutoff = 4 * ulp * float(x.norm()) * (len(x) ** -0.5 + x.shape[1] ** -0.5)
+        here = 64 * torch.finfo(torch.float64).eps
+        cutoff = float(x.norm()) * (4 * ulp * (len(x) ** -0.5 + x.shape[1] ** -0.5) + here)
     return x, y, cutoff
 
 

@@ -1,4 +1,5 @@
-"""The decoder of papers P and K: residual wiring of all norms, initialisation, parameter and FLOP counts.
+"""The decoder of papers P and K and a Vision Transformer of the same blocks: residual wiring of all norms,
+initialisation, parameter and FLOP counts.
 
 Dimensions: B batch, T position, D model, V vocabulary.
 """
@@ -54,19 +55,22 @@ class Decoder(nn.Module):
     def __init__(self, config: RunConfig, vocab_size: int):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.seq_len, config.d_model) if config.positions == "learned" else None
+        self.positions = nn.Embedding(config.length, config.d_model) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.Identity() if normalises_after(config) else stream_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, tokens_BxT: Tensor) -> Tensor:
         """Logits [B, T, V] of the next token at each position."""
-        x_BxTxD = self.embed(tokens_BxT)
+        return self.head(self.stream(self.embed(tokens_BxT)))
+
+    def stream(self, x_BxTxD: Tensor) -> Tensor:
+        """The normalised residual stream after all blocks, of embeddings without positions."""
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + self.positions.weight[: tokens_BxT.shape[1]]
+            x_BxTxD = x_BxTxD + self.positions.weight[: x_BxTxD.shape[1]]
         for block in self.blocks:
             x_BxTxD = block(x_BxTxD)
-        return self.head(self.final_norm(x_BxTxD))
+        return self.final_norm(x_BxTxD)
 
     def named_weights(self, read: Callable[[Tensor], Tensor] = lambda weight: weight) -> dict[str, Tensor]:
         """The weight matrices by layer name, query, key and value projections apart.
@@ -85,6 +89,25 @@ class Decoder(nn.Module):
         return found | {"head": read(self.head.weight)}
 
 
+class VisionTransformer(Decoder):
+    """ViT on square images: patches, linearly embedded, through the same blocks without a causal mask, averaged."""
+
+    def __init__(self, config: RunConfig, classes: int):
+        super().__init__(config, classes)
+        self.patch, self.side = config.patch_size, math.isqrt(config.seq_len)
+        if self.side**2 != config.seq_len or self.side % self.patch:
+            raise ValueError(f"seq_len {config.seq_len} pixels are no square image in patches of {self.patch} x "
+                             f"{self.patch}: choose a seq_len that is the square of a multiple of patch_size")
+        self.embed = nn.Linear(self.patch**2, config.d_model, bias=False)
+
+    def forward(self, pixels_BxT: Tensor) -> Tensor:
+        """Logits [B, 1, V] of the class, from grey values 0 to 16 in raster order."""
+        rows = self.side // self.patch
+        image = pixels_BxT.to(self.embed.weight.dtype).div(16).view(-1, rows, self.patch, rows, self.patch)
+        return self.head(self.stream(self.embed(image.transpose(2, 3).reshape(-1, rows**2, self.patch**2)))
+                         .mean(1, keepdim=True))
+
+
 def build(config: RunConfig, vocab_size: int) -> Decoder:
     """A freshly initialised model on the CPU, the same for the same config in any process.
 
@@ -94,7 +117,7 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Decoder(config, vocab_size)
+        model = (Decoder if config.causal else VisionTransformer)(config, vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for module in model.modules():
@@ -137,5 +160,5 @@ def training_flops(config: RunConfig, vocab_size: int) -> float:
     """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
     backward, and 12 D T per block and token for attention scores and mixing."""
     matrices = n_params(config) + config.d_model * vocab_size
-    per_token = 6 * matrices + 12 * config.n_layers * config.d_model * config.seq_len
-    return per_token * config.batch_size * config.seq_len * config.steps
+    per_token = 6 * matrices + 12 * config.n_layers * config.d_model * config.length
+    return per_token * config.batch_size * config.length * config.steps

@@ -1,4 +1,5 @@
-"""AdamW with independent or PyTorch-style weight decay, per-layer learning rates and the schedule of paper P."""
+"""AdamW, Lion and LAMB with independent or PyTorch-style weight decay, per-layer learning rates, and the schedule of
+paper P."""
 
 import math
 
@@ -23,14 +24,15 @@ def lr_multipliers(model: nn.Module, config: RunConfig) -> dict[str, float]:
     Source: paper P, Sec. 3.2.4. Every fan-in is a multiple of d_model, so the ratio is base_width / d_model.
     """
     scaled = 1.0 if config.parametrization == "standard" else config.base_width / config.d_model
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {f"{name}.weight" for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and name != "embed"}  # the fan-in of an image's patches does not grow
     return {name: scaled if name in linear else 1.0 for name, _ in model.named_parameters()}
 
 
 def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` for `model`; `set_lr` moves it along the schedule.
 
-    torch's AdamW shrinks weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
+    All three optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
     s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier.
     """
     groups: dict[float, list] = {}
@@ -42,6 +44,12 @@ def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         peak = config.lr * multiplier
         decay = config.weight_decay / (peak if config.decay == "independent" else 1)
         settings.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
+    if config.optimizer != "adamw":
+        import pytorch_optimizer  # takes seconds to import
+
+        if config.optimizer == "lion":
+            return pytorch_optimizer.Lion(settings, betas=(config.beta1, config.beta2))
+        return pytorch_optimizer.Lamb(settings, betas=(config.beta1, config.beta2), eps=config.eps)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 

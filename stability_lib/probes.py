@@ -21,8 +21,8 @@ Readings = dict[str, Tensor]
 def watch(model: nn.Module) -> Iterator[Readings]:
     """Fill the yielded dict during the forward passes inside the `with`; a later pass overwrites an earlier one.
 
-    Per block: `attention_logit_max` (over batch, heads and causal pairs), `attention_entropy` (nats, mean over
-    queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over causal pairs),
+    Per block: `attention_logit_max` (over batch, heads and visible pairs), `attention_entropy` (nats, mean over
+    queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over visible pairs),
     `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`. For the head: `logit_mean`
     (over tokens and vocabulary) and `log_z` (mean over tokens), log Z = logsumexp of the output logits.
     """
@@ -92,9 +92,9 @@ def _read_attention(readings: Readings, block: str):
         q, k = inputs[0].detach().float(), inputs[1].detach().float()
         with _full_precision(q.device.type):
             z_BxHxTxT = core.logits(q, k)
-        causal_TxT = torch.ones(z_BxHxTxT.shape[-2:], dtype=torch.bool, device=z_BxHxTxT.device).tril()
+        visible_TxT = core.visible(z_BxHxTxT)
         q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
-        largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~causal_TxT, -math.inf).max(-1)
+        largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~visible_TxT, -math.inf).max(-1)
         largest, query = largest_BxHxT.flatten().max(0)
         # <q_i, k_j> at the largest logit over the product of the two norms; clamp: a zero query has no direction
         norms = (q_norm * k_norm.gather(-1, key_BxHxT)).flatten().index_select(0, query.view(1))[0]
@@ -102,10 +102,11 @@ def _read_attention(readings: Readings, block: str):
         readings[f"qk_cosine_at_max/{block}"] = largest / (core.scale * norms).clamp_min(1e-30)
         readings[f"q_rms/{block}"] = q.square().mean().sqrt()
         readings[f"k_rms/{block}"] = k.square().mean().sqrt()
-        # the mean over causal pairs i >= j of <q_i/|q_i|, k_j/|k_j|> needs only running sums of unit keys
+        # the mean over visible pairs of <q_i/|q_i|, k_j/|k_j|> needs only (running) sums of unit keys
         q_unit, k_unit = (x / n.clamp_min(1e-30).unsqueeze(-1) for x, n in ((q, q_norm), (k, k_norm)))
-        sums = (q_unit * k_unit.cumsum(-2)).sum((-1, -2)).mean()
-        readings[f"qk_cosine/{block}"] = sums / causal_TxT.sum()
+        k_sums = k_unit.cumsum(-2) if core.causal else k_unit.sum(-2, keepdim=True)
+        sums = (q_unit * k_sums).sum((-1, -2)).mean()
+        readings[f"qk_cosine/{block}"] = sums / visible_TxT.sum()
         if not core.pointwise:
             p_BxHxTxT = core.weights(z_BxHxTxT)
             readings[f"attention_entropy/{block}"] = torch.special.entr(p_BxHxTxT).sum(-1).mean()

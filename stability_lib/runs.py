@@ -39,6 +39,9 @@ CURVE_POINTS = 100
 MIN_FREE_BYTES = 20_000_000
 HEADLESS = "STABILITY_LIB_HEADLESS"
 """Set to 1 (the batch runner does) to silence progress bars."""
+FRESH_SINCE = "STABILITY_LIB_FRESH_SINCE"
+"""Set to an ISO time (the batch runner does): `recompute` leaves alone what was trained since, so that chapters which
+share runs train them once."""
 OUTCOME = ("status", "stop_step", "reason", "loss_init", "loss_final", "curves", "patterns")
 """What a row holds besides schema, key, config and provenance."""
 
@@ -129,7 +132,7 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
             belongs to the process); default loky processes with one CPU thread each.
         workers: how many default processes; default one per core on the CPU, one on an accelerator.
         max_new: raise `MissingRuns` before any training if more runs than this are missing.
-        recompute: train every run again; the new rows replace the stored ones.
+        recompute: train every run again (see FRESH_SINCE); the new rows replace the stored ones.
 
     Raises `StoreError`, `DataError` or `ValueError` before any training where store, data or config cannot serve;
     a run that fails for another reason stops the sweep. Finished runs are kept whatever happens.
@@ -141,7 +144,8 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
         with _only_trainer(store.local):
             _write_unsaved(store.local)
     known = load(store)
-    missing = {key: config for key, config in wanted.items() if recompute or key not in known}
+    fresh = known if not recompute else {key for key in known.keys() & wanted if _is_fresh(known[key])}
+    missing = {key: config for key, config in wanted.items() if key not in fresh}
     name = store.local.stem
     if not missing:
         print(f"{name}: all {len(wanted)} runs are cached")
@@ -173,17 +177,19 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
 
 
 def frame(rows: list[dict]) -> pd.DataFrame:
-    """Tidy rows: key, every config field, `n_params`, `status`, `stop_step`, `reason`, `loss_init`, `loss_final`, the
-    dicts `curves` (see `curve`) and `patterns`, `seconds`, `device`, and the dict `provenance`."""
+    """Tidy rows: key, every config field, `n_params`, `status`, `stop_step`, `reason`, `loss_init`, `loss_final`,
+    `accuracy_final` (NaN in runs from before it was recorded), the dicts `curves` (see `curve`) and `patterns`,
+    `seconds`, `device`, and the dict `provenance`."""
     table = []
     for row in rows:
         config, made = from_dict(row["config"]), row["provenance"]
         table.append({"key": row["key"], **dataclasses.asdict(config), "n_params": models.n_params(config),
-                      **{name: row[name] for name in OUTCOME},
+                      **{name: row[name] for name in OUTCOME}, "accuracy_final": row.get("accuracy_final"),
                       "seconds": made["seconds"], "device": made["device"], "provenance": made})
     columns = ["key", *(field.name for field in dataclasses.fields(RunConfig)), "n_params", *OUTCOME,
-               "seconds", "device", "provenance"]
-    return pd.DataFrame(table, columns=columns).astype({"loss_init": float, "loss_final": float})
+               "accuracy_final", "seconds", "device", "provenance"]
+    return pd.DataFrame(table, columns=columns).astype({"loss_init": float, "loss_final": float,
+                                                        "accuracy_final": float})
 
 
 def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -282,6 +288,11 @@ def readable(seconds: float) -> str:
     return f"{max(1, round(seconds))} seconds"
 
 
+def _is_fresh(row: dict) -> bool:
+    since = os.environ.get(FRESH_SINCE)
+    return bool(since) and row["provenance"]["date"] >= since
+
+
 # training what is missing
 
 def _train(missing: dict[str, RunConfig], keep: Callable[[list[dict]], None], device: str,
@@ -365,7 +376,8 @@ def to_row(result: RunResult, device: str) -> dict:
     finite = lambda value: value if math.isfinite(value) else None  # noqa: E731
     return {"schema": SCHEMA, "key": run_key(result.config), "config": non_default(result.config),
             "status": result.status, "stop_step": result.stop_step, "reason": result.reason,
-            "loss_init": finite(result.loss_init), "loss_final": finite(result.loss_final), "curves": curves,
+            "loss_init": finite(result.loss_init), "loss_final": finite(result.loss_final),
+            "accuracy_final": _rounded(result.accuracy_final), "curves": curves,
             "patterns": [[[round(p, 3) for p in line] for line in pattern] for pattern in result.patterns],
             "provenance": {**_machine(), "device": device, "seconds": round(result.seconds, 2),
                            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}}

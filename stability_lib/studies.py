@@ -6,7 +6,7 @@ recomputed reference, the audit and the tests.
 
 from collections.abc import Callable
 
-from .config import RunConfig, grid, unknown
+from .config import CHOICES, RunConfig, grid, replace, unknown
 
 SCALES = ("quick", "cpu", "gpu", "paper")
 PAPER_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -64,12 +64,192 @@ def attention_patterns(scale: str) -> list[RunConfig]:
     return grid(base(scale), size=_SIZES[scale][1:2], qk_norm=["none", "head"], lr=[3e-1], seed=[0], attention_maps=[6])
 
 
-STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {
-    study.__name__: study for study in (first_look, attention_logit_growth, attention_patterns)}
+# The chapters below compare settings rather than reproduce one figure at length: shorter sequences and runs.
+_SHORT = {
+    "quick": dict(steps=80, warmup_steps=4, seq_len=32, probe_every=0),
+    "cpu": dict(steps=200, warmup_steps=10, seq_len=32, probe_every=0),
+    "gpu": _LENGTH["gpu"] | dict(probe_every=0),
+    "paper": _LENGTH["paper"] | dict(probe_every=0),
+}
+
+
+def short(scale: str) -> RunConfig:
+    """Paper P's recipe, without probes, in the short runs of the chapters that compare many settings."""
+    return RunConfig(**_SHORT[check_scale(scale)])
+
+
+def output_logit_floor(scale: str) -> list[RunConfig]:
+    """Chapter 02: how far the mean output logit sinks, by AdamW's eps and by how many symbols never occur."""
+    long, narrow = dict(gpu=5000, paper=20_000), dict(d_model=32, n_layers=1, n_heads=2, batch_size=16, z_loss=0.0)
+    steps = long.get(scale, 150 if scale == "quick" else 500)
+    setting = replace(short(scale), **narrow, weight_decay=0.0, lr=1e-1, steps=steps, warmup_steps=steps // 20,
+                      probe_every=steps // 25, eval_sequences=128)
+    seeds = [0, 1, 2]
+    if scale == "quick":
+        return grid(setting, vocab_size=[2048], eps=[1e-10, 1e-6], seed=seeds)
+    return [*grid(setting, vocab_size=[2048], eps=[1e-12, 1e-10, 1e-8, 1e-6, 1e-4], seed=seeds),
+            *grid(setting, vocab_size=[256, 8192], eps=[1e-8], seed=seeds),
+            *grid(setting, vocab_size=[2048], seed=seeds,
+                  cure=[dict(z_loss=1e-4), dict(weight_decay=1e-4), dict(weight_decay=1e-3)])]
+
+
+def output_logit_harm(scale: str) -> list[RunConfig]:
+    """Chapter 02: where the drift could cost loss: high learning rates, fp32 and bf16 logits, bytes and a BPE
+    vocabulary, with and without z-loss and weight decay (paper P, Figs 3, 4)."""
+    steps = dict(quick=300, cpu=2000, gpu=20_000, paper=100_000)[check_scale(scale)]
+    setting = RunConfig(d_model=64, n_layers=1, seq_len=16, batch_size=8, weight_decay=0.0, steps=steps,
+                        warmup_steps=steps // 20, probe_every=steps // 50)
+    cures = [dict(z_loss=0.0), dict(z_loss=1e-4), dict(z_loss=0.0, weight_decay=1e-4)]
+    if scale == "quick":
+        return grid(setting, precision=["bf16"], lr=[3e-1, 3.0], cure=cures[:2], seed=[0, 1, 2])
+    bytes_runs = grid(setting, precision=["fp32", "bf16"], lr=[3e-1, 1.0, 3.0], cure=cures, seed=[0, 1, 2])
+    subwords = replace(setting, tokenizer="bpe", vocab_size=2048, steps=steps // 4, warmup_steps=steps // 80)
+    return bytes_runs + grid(subwords, precision=["bf16"], lr=[3e-1, 1.0], cure=cures[:2], seed=[0, 1, 2])
+
+
+def mu_parametrization(scale: str) -> list[RunConfig]:
+    """Chapter 03: LR against final loss by width under muParam's variants (paper P, Figs 8, E.4, E.5, E.6)."""
+    standard, simple = dict(parametrization="standard"), dict(parametrization="mup_simple")
+    arms = [standard, simple, dict(parametrization="mup_full")]  # at the base width the first two are one model
+    widths, lrs = {"quick": ([16, 64], [3e-3, 3e-2, 3e-1]), "cpu": ([24, 48, 96, 192], PAPER_LRS[1:]),
+                   "gpu": ([64, 128, 256, 512], PAPER_LRS[1:]),
+                   "paper": ([256, 512, 1024, 2048], PAPER_LRS)}[check_scale(scale)]
+    setting = replace(short(scale), n_layers=2, base_width=widths[0])
+    if scale in ("quick", "cpu"):
+        setting = replace(setting, batch_size=16, steps=80 if scale == "quick" else 120, warmup_steps=6)
+    if scale != "quick":
+        arms += [dict(parametrization="mup_intermediate"), simple | dict(attention_scale="1/d_h"),
+                 standard | dict(qk_norm="none"), simple | dict(qk_norm="none")]
+    return grid(setting, arm=arms, d_model=widths, lr=lrs, seed=[0, 1, 2])
+
+
+_RECALL = dict(data="recall", seq_len=32, n_heads=4, init="gpt2", positions="learned", biases=True, qk_norm="none",
+               clip_norm=None, z_loss=0.0, beta2=0.999, weight_decay=0.01, decay="pytorch", diverge_loss=50.0,
+               diverge_grad_norm=500.0, probe_every=0)
+"""GPT-2 style models on associative recall with paper K's thresholds (Sec. 3.1, 5.1, App. D.1); torch's own AdamW
+settings where the paper is silent. Sequences are half as long as the paper's but at scale `paper`."""
+
+
+def divergence_sweep(scale: str) -> list[RunConfig]:
+    """Chapter 04: which norm placements, shapes and learning rates diverge on associative recall (paper K, Table 1)."""
+    sizes, lrs, steps = {
+        "quick": ([(32, 2)], [1e-2, 1e-1, 8e-1], 60),
+        "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
+        "gpu": ([(128, 4), (256, 4), (128, 8), (256, 8)], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 2000),
+        "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),
+    }[check_scale(scale)]
+    longer = dict(seq_len=64) if scale == "paper" else {}
+    setting = RunConfig(**_RECALL | longer, steps=steps, warmup_steps=steps // 10)
+    return grid(setting, norm=CHOICES["norm"], size=[dict(d_model=d, n_layers=n) for d, n in sizes], lr=lrs,
+                seed=[42] if scale == "quick" else [42, 123, 456])
+
+
+def _two_sizes(scale: str) -> list[dict]:
+    return {"quick": [size(32, 2)], "cpu": [size(32, 2), size(64, 3)]}.get(scale, _SIZES[scale][:3])
+
+
+def warm_up(scale: str) -> list[RunConfig]:
+    """Chapter 06: LR against loss by length of the warm-up, 1%, 5% and 25% of the run (paper P, Fig. 5)."""
+    setting = short(scale)
+    lengths = [max(1, setting.steps // 100), setting.warmup_steps, setting.steps // 4]
+    return grid(setting, warmup_steps=lengths, size=_two_sizes(scale), lr=_lrs(scale), seed=[0, 1, 2])
+
+
+def weight_decay(scale: str) -> list[RunConfig]:
+    """Chapter 06: PyTorch-style decay over the paper's two LR ranges, and how much independent decay (paper P, Figs 6,
+    E.10). Independent decay of 1e-4, to compare both with, is `warm_up`'s arm of 5%."""
+    setting, lrs = short(scale), _lrs(scale) if scale == "quick" else (1e-4, *_lrs(scale))
+    pytorch = grid(setting, size=_two_sizes(scale), decay=["pytorch"], weight_decay=[0.1], lr=lrs, seed=[0, 1, 2])
+    return pytorch if scale == "quick" else pytorch + grid(
+        setting, size=_two_sizes(scale)[:1], weight_decay=[0.0, 1e-3, 1e-2], lr=_lrs(scale), seed=[0, 1, 2])
+
+
+def steps_and_batch(scale: str) -> list[RunConfig]:
+    """Chapter 06: half and double the steps, half and double the batch (paper P, Figs E.7, E.9), to compare with
+    `warm_up`'s arm of 5%."""
+    setting = short(scale)
+    changes = [*(dict(steps=int(setting.steps * x), warmup_steps=int(setting.warmup_steps * x)) for x in (0.5, 2)),
+               *(dict(batch_size=int(setting.batch_size * x)) for x in (0.5, 2))]
+    return grid(setting, change=changes[:1] if scale == "quick" else changes, size=_two_sizes(scale)[:1],
+                lr=_lrs(scale), seed=[0, 1, 2])
+
+
+def other_optimizers(scale: str) -> list[RunConfig]:
+    """Chapter 06: attention logits and qk-norm under AdamW, Lion and LAMB."""
+    setting = replace(short(scale), probe_every=short(scale).steps // 10)
+    arms = [dict(optimizer=name, lr=lr) for name, lrs in (("adamw", PAPER_LRS[1:]), ("lion", (1e-4, *PAPER_LRS[:-1])),
+                                                          ("lamb", (*PAPER_LRS[2:], 1.0)))
+            for lr in (lrs[-1:] if scale == "quick" else lrs)]
+    return grid(setting, size=_two_sizes(scale)[:1], arm=arms, qk_norm=["none", "head"], seed=[0, 1, 2])
+
+
+def digits(scale: str) -> list[RunConfig]:
+    """Chapter 06: attention logits and qk-norm in a small Vision Transformer on scikit-learn's digits."""
+    steps = short(scale).steps if scale in ("quick", "cpu") else 2000
+    setting = RunConfig(data="digits", seq_len=64, positions="learned", steps=steps, warmup_steps=steps // 20,
+                        probe_every=steps // 10)
+    return grid(setting, size=[size(32, 2)], qk_norm=["none", "head"],
+                lr=[1e-2, 3e-1] if scale == "quick" else (*PAPER_LRS[1:], 1.0), seed=[0, 1, 2])
+
+
+def width_and_depth(scale: str) -> list[RunConfig]:
+    """Chapter 07: LR against loss as width, depth or both grow from one model (paper P, Figs 7, E.2, E.3)."""
+    sizes = {"quick": [size(32, 1), size(64, 1), size(32, 3)],
+             "cpu": [size(32, 2), size(64, 2), size(128, 2), size(32, 4), size(32, 8), size(32, 16), size(48, 4),
+                     size(64, 8)],
+             "gpu": [size(d, n, 32) for d, n in [(128, 3), (256, 3), (512, 3), (128, 6), (128, 12), (128, 24),
+                                                 (192, 6), (256, 12)]],
+             "paper": [size(d, n, 64) for d, n in [(512, 6), (1024, 6), (2048, 6), (512, 12), (512, 24), (512, 48),
+                                                   (768, 12), (1024, 24)]]}[check_scale(scale)]
+    setting = replace(short(scale), batch_size=16) if scale in ("quick", "cpu") else short(scale)
+    return grid(setting, size=sizes, qk_norm=["none"] if scale == "quick" else ["none", "head"],
+                lr=PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS[2:], seed=[0, 1, 2])
+
+
+def logit_growth_by_size(scale: str) -> list[RunConfig]:
+    """Chapter 08: sizes between and below those of chapter 01, without qk-norm, so that forecasts have something to
+    be fitted on and something to be held to (paper P, Fig. 9)."""
+    sizes = {"quick": [size(16, 1), size(32, 2), size(48, 2)], "cpu": [size(16, 1), size(48, 3), size(80, 4)],
+             "gpu": [size(32, 2), size(96, 3, 32), size(192, 5, 32), size(384, 7, 64)],
+             "paper": [size(128, 2, 64), size(384, 4, 64), size(640, 9, 64), size(896, 18, 64)]}[check_scale(scale)]
+    return grid(base(scale), size=sizes, qk_norm=["none"], lr=PAPER_LRS[2:], seed=[0, 1, 2])
+
+
+def logit_transplant(scale: str) -> list[RunConfig]:
+    """Chapter 08: attention logits forced to a size kappa, and a model without layers (paper P, Fig. 10)."""
+    kappas = [1e2, 1e5] if scale == "quick" else [1e0, 1e1, 1e2, 1e3, 1e4, 1e5]
+    setting = replace(short(scale), **_SIZES[scale][1], qk_norm="none", probe_every=short(scale).steps // 10)
+    return grid(setting, arm=[{}, dict(n_layers=0, probe_every=0), *(dict(logit_transplant=k) for k in kappas)],
+                seed=[0, 1, 2])
+
+
+def adam_epsilon(scale: str) -> list[RunConfig]:
+    """Chapter 09: AdamW's eps from far below the gradients to above them (paper P, Figs 12, 13, E.15)."""
+    setting = replace(short(scale), **_SIZES[scale][1], probe_every=short(scale).steps // 10)
+    if scale == "quick":
+        return grid(setting, eps=[1e-8, 1e-3], lr=[1e-1], seed=[0, 1, 2])
+    return grid(setting, eps=[1e-15, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2], lr=[1e-2, 1e-1, 3e-1], seed=[0, 1, 2])
+
+
+def _lrs(scale: str) -> tuple[float, ...]:
+    return PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS
+
+
+STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
+    first_look, attention_logit_growth, attention_patterns, output_logit_floor, output_logit_harm, mu_parametrization,
+    divergence_sweep, warm_up, weight_decay, steps_and_batch, other_optimizers, digits, width_and_depth,
+    logit_growth_by_size, logit_transplant, adam_epsilon)}
 
 CHAPTERS = {
     "00_start_here": ("first_look",),
     "01_attention_logit_growth": ("attention_logit_growth", "attention_patterns"),
+    "02_zloss": ("output_logit_floor", "output_logit_harm"),
+    "03_muparam_lr_sensitivity": ("mu_parametrization",),
+    "04_rksp_auroc": ("divergence_sweep",),
+    "06_warmup_and_weight_decay": ("warm_up", "weight_decay", "steps_and_batch", "other_optimizers", "digits"),
+    "07_width_vs_depth": ("width_and_depth",),
+    "08_predicting_logit_growth": ("attention_logit_growth", "logit_growth_by_size", "logit_transplant"),
+    "09_gradient_scale_and_adam_eps": ("attention_logit_growth", "adam_epsilon"),
 }
 """Which studies a notebook uses."""
 

@@ -25,11 +25,11 @@ class RunResult:
     """What one run left behind.
 
     `status` is `ok` or `diverged`; a diverged run has a `reason` and the 0-based `stop_step` at which it ended
-    (`steps` where only the final validation showed it). `loss_init` and
-    `loss_final` are cross-entropies in nats per token on the fixed validation set (`loss_final` is NaN where the
-    loss was not finite). `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm` (before
-    clipping) at every step, and, at each of `probe_step`, all readings of `probes`. `patterns` holds the attention
-    maps asked for, one [T][T] list each, taken at `pattern_step`.
+    (`steps` where only the final validation showed it). `loss_init` and `loss_final` are cross-entropies in nats per
+    token on the fixed validation set (`loss_final` is NaN where the loss was not finite), `accuracy_final` the share
+    of tokens predicted right there. `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm`
+    (before clipping) at every step, and, at each of `probe_step`, all readings of `probes`. `patterns` holds the
+    attention maps asked for, one [T][T] list each, taken at `pattern_step`.
     """
 
     config: RunConfig
@@ -38,6 +38,7 @@ class RunResult:
     reason: str | None
     loss_init: float
     loss_final: float
+    accuracy_final: float
     curves: dict[str, list[float]]
     patterns: list[list[list[float]]]
     seconds: float
@@ -69,16 +70,18 @@ def scored(config: RunConfig, logits_BxTxV: Tensor, sequences: Tensor) -> tuple[
     return logits_BxTxV[:, -config.scored_positions:], sequences[:, -config.scored_positions:]
 
 
-def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) -> float:
-    """Cross-entropy in nats per token over validation `windows` [n, T + 1]."""
-    total = 0.0
+def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) -> tuple[float, float]:
+    """Cross-entropy in nats per token and the share of tokens predicted right, on validation `windows` [n, T + 1]."""
+    total, right = 0.0, 0.0
     with torch.no_grad():
         for chunk in windows.split(config.batch_size):
             chunk = chunk.to(device)
             with autocast(config, device):
                 logits = model(chunk[:, :-1])
-            total += float(loss_terms(*scored(config, logits, chunk), 0.0)[0]) * len(chunk)
-    return total / len(windows)
+            logits, targets = scored(config, logits, chunk)
+            total += float(loss_terms(logits, targets, 0.0)[0]) * len(chunk)
+            right += float((logits.argmax(-1) == targets).float().mean()) * len(chunk)
+    return total / len(windows), right / len(windows)
 
 
 def autocast(config: RunConfig, device: str):
@@ -116,7 +119,7 @@ def _train(config: RunConfig, device: str) -> RunResult:
     to_probe = set(probes.probe_steps(config.steps, config.probe_every))
     to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
 
-    loss_init = evaluate(model, windows, config, device)
+    loss_init, _ = evaluate(model, windows, config, device)
     curves, patterns, stop_step, reason = defaultdict(list), [], None, None
     for step in range(config.steps):
         batch = data.sample(config, batch_order).to(device)
@@ -147,11 +150,11 @@ def _train(config: RunConfig, device: str) -> RunResult:
             curves["probe_step"].append(step)
             for name, value in probes.fetch(readings | moved).items():
                 curves[name].append(value)
-    loss_final = evaluate(model, windows, config, device)
+    loss_final, accuracy_final = evaluate(model, windows, config, device)
     if not reason and not math.isfinite(loss_final):
         stop_step, reason = config.steps, "final validation loss is not finite"
     return RunResult(config, "diverged" if reason else "ok", stop_step, reason, loss_init,
-                     loss_final if math.isfinite(loss_final) else math.nan, dict(curves), patterns,
+                     loss_final if math.isfinite(loss_final) else math.nan, accuracy_final, dict(curves), patterns,
                      time.perf_counter() - started)
 
 
