@@ -137,6 +137,58 @@ CLAIMS = {
               "error (decades of LR) on held-out norms of a model of shape and spectra minus that of the median of the "
               "other norms", "<", 0.0),
     ),
+    "07_width_vs_depth": (
+        Claim("P7.depth-raises", "P Fig. 7", "LR sensitivity grows with depth",
+              "depth raises LR sensitivity",
+              "slope of LR sensitivity per decade of N, depth grown, with qk-norm (nats)", ">", 0.0),
+        Claim("P7.depth-faster", "P Fig. 7", "depth raises LR sensitivity faster than width",
+              "depth faster than width",
+              "slope of LR sensitivity per decade of N, depth minus width, with qk-norm (nats)", ">", 0.0),
+        Claim("P7.depth-faster-above", "ours", "the same where only learning rates from the best one up count",
+              "not tested",
+              "slope of LR sensitivity above the best LR per decade of N, depth minus width, with qk-norm (nats)",
+              ">", 0.0),
+        Claim("PE2.depth-faster", "P Fig. E.2", "without qk-norm too, depth raises LR sensitivity faster than width",
+              "the same without qk-norm",
+              "slope of LR sensitivity per decade of N, depth minus width, without qk-norm (nats)", ">", 0.0),
+        Claim("PE3.lowest-loss", "P Fig. E.3", "growing width and depth together gives the lowest loss at the largest "
+              "size", "joint scaling lowest at the largest scale",
+              "best loss at the largest size, both grown minus the lower of width and depth, with qk-norm (nats)",
+              "<", 0.0),
+        Claim("PE3.extrapolates", "P Fig. E.3", "and its loss can be extrapolated best from smaller sizes",
+              "joint scaling extrapolates best",
+              "error of a power law's forecast of the best loss at the largest size, both grown minus the smaller "
+              "error of width and depth, with qk-norm (nats)", "<", 0.0),
+    ),
+    "08_predicting_logit_growth": (
+        Claim("P9.forecast", "P Fig. 9", "a quadratic in log N, fitted per learning rate to smaller models, foretells "
+              "the early attention logit of the largest", "the fit foretells the 4.8B model's failure",
+              "error of the forecast logit of the largest size, mean over LRs (decades)", "<", 0.3),
+        Claim("P9.better-than-last", "ours", "the fit foretells logits of larger models better than the largest fitted "
+              "model's own logit", "not tested",
+              "error of the quadratic minus that of the largest fitted size's logit, all held-out settings (decades)",
+              "<", 0.0),
+        Claim("P9.early-above-1e4", "P Fig. 9", "every run whose early attention logit is above 1e4 fails",
+              "all points above 1e4 diverged", "share of runs with an early logit above 1e4 that fail", ">", 0.75),
+        Claim("P9.auroc", "P Fig. 9", "the forecast logit foretells which larger models fail at which learning rate",
+              "foretells that 4.8B diverges at LR 1e-2",
+              "AUROC of the forecast logit over runs at held-out settings", ">", 0.8),
+        Claim("P9.auroc-same", "ours", "it does so better than 'the same as the largest fitted size'", "not tested",
+              "AUROC of the forecast logit minus that of the share of failures at the largest fitted size and same LR",
+              ">", 0.0),
+        Claim("P9.auroc-lr", "ours", "it does so better than the learning rate alone", "not tested",
+              "AUROC of the forecast logit minus that of the LR", ">", 0.0),
+        Claim("P9.brier", "ours", "read as probabilities, its forecasts are closer to what happens than those from the "
+              "learning rate alone", "not tested",
+              "Brier score of logistic regression on the logit minus that on log LR, both fitted on the smaller sizes",
+              "<", 0.0),
+        Claim("P10.worsens", "P Fig. 10", "attention logits forced to about 1e3 raise the loss",
+              "loss worsens at kappa about 1e3",
+              "final loss at kappa 1e3 minus that at the best smaller kappa (nats)", ">", 0.1),
+        Claim("P10.bigram", "P Fig. 10", "forced to 1e4, the model is worse than one without layers",
+              "worse than a zero-layer bigram model by 1e4",
+              "final loss at kappa 1e4 minus that of the model without layers (nats)", ">", 0.0),
+    ),
 }
 
 PAPER_K_TABLES = {

@@ -193,23 +193,23 @@ def digits(scale: str) -> list[RunConfig]:
 
 
 def width_and_depth(scale: str) -> list[RunConfig]:
-    """Chapter 07: LR against loss as width, depth or both grow from one model (paper P, Figs 7, E.2, E.3)."""
-    sizes = {"quick": [size(32, 1), size(64, 1), size(32, 3)],
-             "cpu": [size(32, 2), size(64, 2), size(128, 2), size(32, 4), size(32, 8), size(32, 16), size(48, 4),
-                     size(64, 8)],
-             "gpu": [size(d, n, 32) for d, n in [(128, 3), (256, 3), (512, 3), (128, 6), (128, 12), (128, 24),
-                                                 (192, 6), (256, 12)]],
-             "paper": [size(d, n, 64) for d, n in [(512, 6), (1024, 6), (2048, 6), (512, 12), (512, 24), (512, 48),
-                                                   (768, 12), (1024, 24)]]}[check_scale(scale)]
+    """Chapter 07: LR against loss as width, depth or both grow from one model, the first of the list, to about the same
+    number of parameters (paper P, Figs 7, E.2, E.3)."""
+    sizes = {"quick": [size(32, 1), size(64, 1), size(32, 4), size(48, 2)],
+             "cpu": [size(32, 2), size(64, 2), size(96, 2), size(32, 8), size(32, 16), size(48, 3), size(64, 4)],
+             "gpu": [size(d, n, 32) for d, n in [(128, 3), (256, 3), (384, 3), (512, 3), (128, 12), (128, 24),
+                                                 (128, 48), (192, 4), (256, 6), (320, 8)]],
+             "paper": [size(d, n, 64) for d, n in [(512, 6), (1024, 6), (1536, 6), (2048, 6), (512, 24), (512, 48),
+                                                   (512, 96), (768, 9), (1024, 12), (1280, 15)]]}[check_scale(scale)]
     setting = replace(short(scale), batch_size=16) if scale in ("quick", "cpu") else short(scale)
-    return grid(setting, size=sizes, qk_norm=["none"] if scale == "quick" else ["none", "head"],
+    return grid(setting, size=sizes, qk_norm=["none", "head"],
                 lr=PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS[2:], seed=[0, 1, 2])
 
 
 def logit_growth_by_size(scale: str) -> list[RunConfig]:
-    """Chapter 08: sizes between and below those of chapter 01, without qk-norm, so that forecasts have something to
-    be fitted on and something to be held to (paper P, Fig. 9)."""
-    sizes = {"quick": [size(16, 1), size(32, 2), size(48, 2)], "cpu": [size(16, 1), size(48, 3), size(80, 4)],
+    """Chapter 08: sizes between and below those of chapter 01, without qk-norm, so that forecasts have something to be
+    fitted on and something to be held to (paper P, Fig. 9)."""
+    sizes = {"quick": [size(16, 1), size(48, 2)], "cpu": [size(16, 1), size(48, 3), size(80, 4)],
              "gpu": [size(32, 2), size(96, 3, 32), size(192, 5, 32), size(384, 7, 64)],
              "paper": [size(128, 2, 64), size(384, 4, 64), size(640, 9, 64), size(896, 18, 64)]}[check_scale(scale)]
     return grid(base(scale), size=sizes, qk_norm=["none"], lr=PAPER_LRS[2:], seed=[0, 1, 2])
@@ -217,7 +217,7 @@ def logit_growth_by_size(scale: str) -> list[RunConfig]:
 
 def logit_transplant(scale: str) -> list[RunConfig]:
     """Chapter 08: attention logits forced to a size kappa, and a model without layers (paper P, Fig. 10)."""
-    kappas = [1e2, 1e5] if scale == "quick" else [1e0, 1e1, 1e2, 1e3, 1e4, 1e5]
+    kappas = [1e1, 1e3, 1e4] if scale == "quick" else [1e0, 1e1, 1e2, 3e2, 1e3, 3e3, 1e4, 1e5]
     setting = replace(short(scale), **_SIZES[scale][1], qk_norm="none", probe_every=short(scale).steps // 10)
     return grid(setting, arm=[{}, dict(n_layers=0, probe_every=0), *(dict(logit_transplant=k) for k in kappas)],
                 seed=[0, 1, 2])
