@@ -79,32 +79,43 @@ def short(scale: str) -> RunConfig:
 
 
 def output_logit_floor(scale: str) -> list[RunConfig]:
-    """Chapter 02: how far the mean output logit sinks, by AdamW's eps and by how many symbols never occur."""
-    long, narrow = dict(gpu=5000, paper=20_000), dict(d_model=32, n_layers=1, n_heads=2, batch_size=16, z_loss=0.0)
-    steps = long.get(scale, 150 if scale == "quick" else 500)
-    setting = replace(short(scale), **narrow, weight_decay=0.0, lr=1e-1, steps=steps, warmup_steps=steps // 20,
-                      probe_every=steps // 25, eval_sequences=128)
+    """Chapter 02: how far and how fast the logits of symbols that never occur sink, by AdamW's eps and beta2, by
+    learning rate, by the number of such symbols, and with z-loss or weight decay (paper P, Fig. 4)."""
+    steps = dict(quick=200, cpu=800, gpu=5000, paper=20_000)[check_scale(scale)]
+    small = dict(d_model=32, n_layers=1, n_heads=2, seq_len=16, batch_size=8, eval_sequences=128)
+    setting = RunConfig(**small, vocab_size=1024 if scale == "quick" else 2048, lr=1e-2, z_loss=0.0, weight_decay=0.0,
+                        **_length(steps))
     seeds = [0, 1, 2]
     if scale == "quick":
-        return grid(setting, vocab_size=[2048], eps=[1e-10, 1e-6], seed=seeds)
-    return [*grid(setting, vocab_size=[2048], eps=[1e-12, 1e-10, 1e-8, 1e-6, 1e-4], seed=seeds),
-            *grid(setting, vocab_size=[256, 8192], eps=[1e-8], seed=seeds),
-            *grid(setting, vocab_size=[2048], seed=seeds,
-                  cure=[dict(z_loss=1e-4), dict(weight_decay=1e-4), dict(weight_decay=1e-3)])]
+        return grid(setting, eps=[1e-5, 1e-4, 1e-3], seed=seeds)
+    return [*grid(setting, eps=[1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4], seed=seeds),
+            *grid(setting, eps=[1e-12], beta2=[0.9, 0.99], seed=seeds),
+            *grid(setting, vocab_size=[1024, 8192], eps=[1e-6], seed=seeds),
+            *grid(setting, lr=[1e-3, 1e-1], seed=seeds),
+            *grid(setting, lr=[1e-1], cure=[dict(z_loss=1e-4), dict(weight_decay=1e-3)], seed=seeds)]
 
 
 def output_logit_harm(scale: str) -> list[RunConfig]:
-    """Chapter 02: where the drift could cost loss: high learning rates, fp32 and bf16 logits, bytes and a BPE
-    vocabulary, with and without z-loss and weight decay (paper P, Figs 3, 4)."""
-    steps = dict(quick=300, cpu=2000, gpu=20_000, paper=100_000)[check_scale(scale)]
-    setting = RunConfig(d_model=64, n_layers=1, seq_len=16, batch_size=8, weight_decay=0.0, steps=steps,
-                        warmup_steps=steps // 20, probe_every=steps // 50)
-    cures = [dict(z_loss=0.0), dict(z_loss=1e-4), dict(z_loss=0.0, weight_decay=1e-4)]
+    """Chapter 02: where the drift could cost loss. High learning rates in bf16 with neither z-loss nor weight decay,
+    with either (paper P, Fig. 3), and without z-loss and with in fp32, with a BPE vocabulary, a wider model, a smaller
+    eps, a longer run and no cosine."""
+    steps = dict(quick=200, cpu=1000, gpu=20_000, paper=100_000)[check_scale(scale)]
+    setting = RunConfig(d_model=64, n_layers=1, seq_len=16, batch_size=8, weight_decay=0.0, precision="bf16",
+                        **_length(steps))
+    neither, z_loss, decay = dict(z_loss=0.0), dict(z_loss=1e-4), dict(z_loss=0.0, weight_decay=1e-4)
     if scale == "quick":
-        return grid(setting, precision=["bf16"], lr=[3e-1, 3.0], cure=cures[:2], seed=[0, 1, 2])
-    bytes_runs = grid(setting, precision=["fp32", "bf16"], lr=[3e-1, 1.0, 3.0], cure=cures, seed=[0, 1, 2])
-    subwords = replace(setting, tokenizer="bpe", vocab_size=2048, steps=steps // 4, warmup_steps=steps // 80)
-    return bytes_runs + grid(subwords, precision=["bf16"], lr=[3e-1, 1.0], cure=cures[:2], seed=[0, 1, 2])
+        return grid(setting, lr=[3e-1, 3.0], cure=[neither, z_loss], seed=[0, 1, 2])
+    subwords = dict(tokenizer="bpe", vocab_size=2048, **_length(steps // 2))
+    others = [subwords, subwords | dict(lr=3e-1), dict(d_model=128, n_heads=8), dict(eps=1e-15), _length(3 * steps),
+              dict(lr_final=1.0)]
+    return [*grid(setting, lr=[1e-1, 3e-1, 1.0, 3.0], cure=[neither, z_loss, decay], seed=range(5)),
+            *grid(replace(setting, precision="fp32"), lr=[1.0, 3.0], cure=[neither, z_loss], seed=range(5)),
+            *grid(replace(setting, lr=1.0), other=others, cure=[neither, z_loss], seed=[0, 1, 2])]
+
+
+def _length(steps: int) -> dict:
+    """A run's length with the schedule's proportions of paper P and twenty probes."""
+    return dict(steps=steps, warmup_steps=steps // 20, probe_every=steps // 20)
 
 
 def mu_parametrization(scale: str) -> list[RunConfig]:
@@ -157,11 +168,17 @@ def warm_up(scale: str) -> list[RunConfig]:
 
 def weight_decay(scale: str) -> list[RunConfig]:
     """Chapter 06: PyTorch-style decay over the paper's two LR ranges, and how much independent decay (paper P, Figs 6,
-    E.10). Independent decay of 1e-4, to compare both with, is `warm_up`'s arm of 5%."""
+    E.10). Independent decay of 1e-4, to compare both with, is `warm_up`'s arm of 5%. As that hardly shrinks anything in
+    a short run, there is a stronger pair too: the largest independent decay, and PyTorch's with the same effect at LR
+    1e-2."""
     setting, lrs = short(scale), _lrs(scale) if scale == "quick" else (1e-4, *_lrs(scale))
     pytorch = grid(setting, size=_two_sizes(scale), decay=["pytorch"], weight_decay=[0.1], lr=lrs, seed=[0, 1, 2])
-    return pytorch if scale == "quick" else pytorch + grid(
-        setting, size=_two_sizes(scale)[:1], weight_decay=[0.0, 1e-3, 1e-2], lr=_lrs(scale), seed=[0, 1, 2])
+    if scale == "quick":
+        return pytorch
+    small, decays = replace(setting, **_two_sizes(scale)[0]), [1e-3, 1e-2] if scale == "cpu" else [1e-5, 1e-3]
+    stronger = [*grid(small, weight_decay=[0.0, *decays], lr=_lrs(scale), seed=[0, 1, 2]),
+                *grid(small, decay=["pytorch"], weight_decay=[100 * decays[-1]], lr=lrs, seed=[0, 1, 2])]
+    return list(dict.fromkeys(pytorch + stronger))
 
 
 def steps_and_batch(scale: str) -> list[RunConfig]:
@@ -177,10 +194,8 @@ def steps_and_batch(scale: str) -> list[RunConfig]:
 def other_optimizers(scale: str) -> list[RunConfig]:
     """Chapter 06: attention logits and qk-norm under AdamW, Lion and LAMB."""
     setting = replace(short(scale), probe_every=short(scale).steps // 10)
-    arms = [dict(optimizer=name, lr=lr) for name, lrs in (("adamw", PAPER_LRS[1:]), ("lion", (1e-4, *PAPER_LRS[:-1])),
-                                                          ("lamb", (*PAPER_LRS[2:], 1.0)))
-            for lr in (lrs[-1:] if scale == "quick" else lrs)]
-    return grid(setting, size=_two_sizes(scale)[:1], arm=arms, qk_norm=["none", "head"], seed=[0, 1, 2])
+    return grid(setting, size=_two_sizes(scale)[:1], optimizer=CHOICES["optimizer"], qk_norm=["none", "head"],
+                lr=_high_lrs(scale), seed=[0, 1, 2])
 
 
 def digits(scale: str) -> list[RunConfig]:
@@ -188,8 +203,7 @@ def digits(scale: str) -> list[RunConfig]:
     steps = short(scale).steps if scale in ("quick", "cpu") else 2000
     setting = RunConfig(data="digits", seq_len=64, positions="learned", steps=steps, warmup_steps=steps // 20,
                         probe_every=steps // 10)
-    return grid(setting, size=[size(32, 2)], qk_norm=["none", "head"],
-                lr=[1e-2, 3e-1] if scale == "quick" else (*PAPER_LRS[1:], 1.0), seed=[0, 1, 2])
+    return grid(setting, size=[size(32, 2)], qk_norm=["none", "head"], lr=_high_lrs(scale), seed=[0, 1, 2])
 
 
 def width_and_depth(scale: str) -> list[RunConfig]:
@@ -233,6 +247,10 @@ def adam_epsilon(scale: str) -> list[RunConfig]:
 
 def _lrs(scale: str) -> tuple[float, ...]:
     return PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS
+
+
+def _high_lrs(scale: str) -> tuple[float, ...]:
+    return (1e-2, 1e-1, 3e-1) if scale == "quick" else PAPER_LRS[1:]
 
 
 STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
