@@ -124,10 +124,8 @@ def _byte_pairs(name: str, vocab_size: int) -> Tokens:
 
 
 def _text(config: RunConfig) -> Tokens:
-    if config.tokenizer == "bytes":
+    if config.tokenizer == "bytes" or config.data not in TEXTS:
         return load(config.data)
-    if config.data not in TEXTS:
-        raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
     return _byte_pairs(config.data, config.vocab_size or BPE_SYMBOLS)
 
 
@@ -162,6 +160,8 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
 
 def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
+    if config.tokenizer != "bytes" and config.data in SOURCES and config.data not in TEXTS:
+        raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
     if config.data == "recall":
         return config.vocab_size or RECALL_SYMBOLS
     if config.data == "digits":

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 
 from .config import unknown
 
@@ -234,6 +235,53 @@ def calibration_error(failed: Iterable[bool], probability: Iterable[float], bins
         raise ValueError(f"calibration needs probabilities within [0, 1], got {probability[:6]}: squash scores first")
     bin_of = np.minimum((probability * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(bin_of, failed - probability)).sum() / len(probability))
+
+
+def extrapolate(sizes: Iterable[float], values: Iterable[float], at: Iterable[float], degree: int = 2) -> np.ndarray:
+    """`values` continued to the sizes `at` by a least-squares polynomial of log10 value in log10 size (paper P, Fig. 9:
+    degree 2). Two sizes give a line and one a constant, whatever the `degree`.
+
+    Raises `ValueError` where a value is not positive and finite.
+    """
+    sizes, values = (np.asarray(list(x), dtype=float) for x in (sizes, values))
+    if values.size == 0 or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"extrapolation in logs needs positive, finite values, got {values[:6]}: leave others out")
+    degree = min(degree, len(np.unique(sizes)) - 1)
+    middle = np.log10(sizes).mean()
+    fit = np.polyfit(np.log10(sizes) - middle, np.log10(values), degree)
+    return 10 ** np.polyval(fit, np.log10(np.asarray(list(at), dtype=float)) - middle)
+
+
+def forecasts(runs: pd.DataFrame, value: str, fewest: int = 2) -> pd.DataFrame:
+    """Forecasts of `value` at larger sizes from the k smallest, for each seed, LR and k from `fewest` up.
+
+    `runs` has one run per `seed`, `lr` and `n_params`. Returns one row per seed, LR, k and larger size with the run's
+    own columns, `fitted` (k), `last_size` (the largest fitted), and the forecasts `quadratic`, `line` (see
+    `extrapolate`) and `last`, the value at `last_size`. Raises `ValueError` where a seed and LR lack a size or have two
+    runs of one.
+    """
+    sizes, rows = sorted(runs["n_params"].unique()), []
+    for (seed, lr), group in runs.sort_values("n_params").groupby(["seed", "lr"]):
+        if group["n_params"].to_list() != sizes:
+            raise ValueError(f"forecasts need one run of each of {sizes} parameters, seed {seed} at LR {lr:g} has "
+                             f"{group['n_params'].to_list()}: select common LRs and seeds")
+        for k in range(fewest, len(sizes)):
+            known, larger = group.iloc[:k], group.iloc[k:]
+            fits = {name: extrapolate(known["n_params"], known[value], larger["n_params"], degree)
+                    for name, degree in (("quadratic", 2), ("line", 1))}
+            rows.append(larger.assign(fitted=k, last_size=sizes[k - 1], last=known[value].iloc[-1], **fits))
+    if not rows:
+        raise ValueError(f"forecasts from {fewest} sizes need {fewest + 1} or more, got {sizes}: add sizes")
+    return pd.concat(rows, ignore_index=True)
+
+
+def failure_probability(failed: Iterable[bool], score: Iterable[float], at: Iterable[float]) -> np.ndarray:
+    """Probability of failing at the scores `at` by logistic regression (scikit-learn's, with its default penalty) of
+    `failed` on `score`. Where all or none failed, a constant: (failures + 1) / (runs + 2)."""
+    failed, score, at = (np.asarray(list(x), dtype=float) for x in (failed, score, at))
+    if failed.min() == failed.max():
+        return np.full(len(at), (failed.sum() + 1) / (len(failed) + 2))
+    return LogisticRegression().fit(score[:, None], failed).predict_proba(at[:, None])[:, 1]
 
 
 def _reject_nan(values: np.ndarray) -> None:

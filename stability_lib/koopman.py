@@ -386,6 +386,7 @@ def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
     """Every layer's eigenvalues in the complex plane, darker with depth, and the unit circle (paper K, Fig. 1)."""
     from matplotlib.cm import ScalarMappable  # drawing libraries take seconds to import: not in training processes
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
     from seaborn import color_palette
 
     hue = ScalarMappable(Normalize(0, max(len(profile.layers) - 1, 1)), color_palette("crest", as_cmap=True))
@@ -394,7 +395,7 @@ def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
     for layer in profile.layers:
         ax.scatter(layer.eigenvalues.real, layer.eigenvalues.imag, s=8, alpha=0.6, linewidths=0,
                    color=hue.to_rgba(layer.layer))
-    ax.figure.colorbar(hue, ax=ax, label="layer")
+    ax.figure.colorbar(hue, ax=ax, label="layer", ticks=MaxNLocator(integer=True))
     ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
     return ax
 

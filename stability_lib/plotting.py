@@ -17,6 +17,8 @@ from .runs import curve
 LINE = {"none": "--", "head": "-", "model": ":"}
 """Line style by qk-norm: dashed without."""
 QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
+PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
+                         "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
 
 _END = "line end"
 
@@ -43,13 +45,13 @@ def size_label(n: float) -> str:
     return f"{n:.0f}"
 
 
-def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval") -> Axes:
+def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval", size: str = "n_params") -> Axes:
     """Mean over seeds of y against x, a line per size and qk-norm that carries its size at the right end.
 
-    `frame` has `n_params`, `qk_norm`, `seed`, x and y. The band is the 95% t interval, or the `range` of the seeds.
+    `frame` has `size`, `qk_norm`, `seed`, x and y. The band is the 95% t interval, or the `range` of the seeds.
     """
-    colours, ends = size_colours(frame["n_params"]), []
-    for (n, qk), group in frame.groupby(["n_params", "qk_norm"]):
+    colours, ends = size_colours(frame[size]), []
+    for (n, qk), group in frame.groupby([size, "qk_norm"]):
         sns.lineplot(group, x=x, y=y, ax=ax, color=colours[n], errorbar=_BANDS[band], legend=False,
                      linestyle=LINE[qk], err_kws={"alpha": 0.18, "linewidth": 0})
         last = group[group[x] == group[x].max()]
@@ -57,9 +59,10 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interva
     return label_ends(ax, ends)
 
 
-def loss_against_lr(ax: Axes, runs: pd.DataFrame) -> Axes:
-    """Final loss (capped at the loss at init) against the learning rate; `runs` needs the column `loss`."""
-    lines(ax, runs, "lr", "loss")
+def loss_against_lr(ax: Axes, runs: pd.DataFrame, *, size: str = "n_params") -> Axes:
+    """Final loss (capped at the loss at init) against the learning rate, a line per `size`; `runs` needs the column
+    `loss`."""
+    lines(ax, runs, "lr", "loss", size=size)
     ax.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
     return ax
 
@@ -74,11 +77,66 @@ def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_line
                    zorder=3)
         last = group[group["n_params"] == group["n_params"].max()]
         ends.append((last["n_params"].iloc[0], last[y].mean(), QK_LABEL[qk], colour))
-    sizes = sorted(frame["n_params"].unique())
-    ax.set(xscale="log", xlabel="parameters N without embedding and head", ylabel=label)
-    ax.set_xticks(sizes, [size_label(n) for n in sizes])
-    ax.minorticks_off()
+    size_axis(ax, frame["n_params"]).set_ylabel(label)
     return label_ends(ax, ends) if name_lines else ax
+
+
+def size_axis(ax: Axes, sizes: pd.Series) -> Axes:
+    """The parameter count N on a log x axis, a tick at each size but those that would run into a smaller one."""
+    ticks = []
+    for n in sorted(sizes.unique()):
+        if not ticks or n > 1.25 * ticks[-1]:
+            ticks.append(n)
+    ax.set(xscale="log", xlabel="parameters N without embedding and head")
+    ax.set_xticks(ticks, [size_label(n) for n in ticks])
+    ax.minorticks_off()
+    return ax
+
+
+def by_arm(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, name_lines: bool = True) -> Axes:
+    """Mean over seeds of y against x on a log axis with its 95% interval, a colour per `arm`, a line style per qk-norm.
+
+    `frame` has `arm` (a label), `qk_norm`, `seed`, x and y.
+    """
+    known = list(PARAMETRIZATION_LABEL.values())  # so that an arm keeps its colour from figure to figure
+    arms = [*known, *(arm for arm in frame["arm"].unique() if arm not in known)]
+    colours = dict(zip(arms, sns.color_palette("dark"), strict=False))
+    ends, both = [], frame["qk_norm"].nunique() > 1
+    for (arm, qk), group in frame.groupby(["arm", "qk_norm"], sort=False):
+        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[arm], errorbar=_interval, legend=False,
+                     linestyle=LINE[qk], err_kws={"alpha": 0.12, "linewidth": 0})
+        last = group[group[x] == group[x].max()]
+        ends.append((last[x].iloc[0], last[y].mean(), f"{arm}, {QK_LABEL[qk]}" if both else arm, colours[arm]))
+    ax.set_xscale("log")
+    return label_ends(ax, ends) if name_lines else ax
+
+
+def against_width(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
+    """`by_arm` with the width on the x axis."""
+    by_arm(ax, frame, "d_model", y, name_lines=name_lines)
+    ax.set_ylabel(label)
+    return _width_axis(ax, frame["d_model"])
+
+
+def coordinate_check(ax: Axes, moves: pd.DataFrame) -> Axes:
+    """Change of activations (`activation`, `change`) against `width`, fainter the earlier the `step`; labels carry the
+    exponent of the last step."""
+    colours, ends = dict(zip(moves["activation"].unique(), sns.color_palette("dark"), strict=False)), []
+    for (name, step), group in moves.groupby(["activation", "step"], sort=False):
+        ax.plot(group["width"], group["change"], color=colours[name], alpha=step / moves["step"].max(), marker="o",
+                markersize=4)
+        if step == moves["step"].max():
+            power = np.polyfit(np.log(group["width"]), np.log(group["change"]), 1)[0]
+            ends.append((group["width"].iloc[-1], group["change"].iloc[-1], f"{name}: {power:+.2f}", colours[name]))
+    ax.set_yscale("log")
+    return label_ends(_width_axis(ax, moves["width"]), ends)
+
+
+def _width_axis(ax: Axes, widths: pd.Series) -> Axes:
+    ax.set(xscale="log", xlabel="width (d_model)")
+    ax.set_xticks(sorted(widths.unique()), [str(width) for width in sorted(widths.unique())])
+    ax.minorticks_off()
+    return ax
 
 
 def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Axes:
