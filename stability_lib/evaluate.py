@@ -275,13 +275,15 @@ def forecasts(runs: pd.DataFrame, value: str, fewest: int = 2) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def failure_probability(failed: Iterable[bool], score: Iterable[float], at: Iterable[float]) -> np.ndarray:
+def failure_probability(failed: Iterable[bool], score: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Probability of failing at the scores `at` by logistic regression (scikit-learn's, with its default penalty) of
-    `failed` on `score`. Where all or none failed, a constant: (failures + 1) / (runs + 2)."""
-    failed, score, at = (np.asarray(list(x), dtype=float) for x in (failed, score, at))
+    `failed` on `score`, both [runs] or [runs, scores]. Where all or none failed, a constant, (failures + 1) /
+    (runs + 2)."""
+    failed, score, at = (np.asarray(x, dtype=float) for x in (failed, score, at))
     if failed.min() == failed.max():
         return np.full(len(at), (failed.sum() + 1) / (len(failed) + 2))
-    return LogisticRegression().fit(score[:, None], failed).predict_proba(at[:, None])[:, 1]
+    columns = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    return LogisticRegression().fit(columns(score), failed).predict_proba(columns(at))[:, 1]
 
 
 def _reject_nan(values: np.ndarray) -> None:

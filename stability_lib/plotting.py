@@ -4,6 +4,8 @@ Learning rate on a log axis, model size as a sequential hue, intervention as lin
 labels at the lines themselves.
 """
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from sklearn.isotonic import IsotonicRegression
 
-from .evaluate import mean
+from .evaluate import extrapolate, mean
 from .runs import curve
 
 LINE = {"none": "--", "head": "-", "model": ":"}
@@ -35,6 +37,12 @@ def size_colours(sizes: pd.Series) -> dict[int, tuple]:
     """A colour per parameter count, darker for larger models."""
     ordered = sorted(sizes.unique())
     return dict(zip(ordered, sns.color_palette("crest", len(ordered)), strict=True))
+
+
+def lr_colours(lrs: pd.Series) -> dict[float, tuple]:
+    """A colour per learning rate, darker for higher ones."""
+    ordered = sorted(lrs.unique())
+    return dict(zip(ordered, sns.color_palette("flare", len(ordered)), strict=True))
 
 
 def size_label(n: float) -> str:
@@ -139,10 +147,24 @@ def _width_axis(ax: Axes, widths: pd.Series) -> Axes:
     return ax
 
 
+def graded(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str | None = None, band: str = "interval",
+           name_lines: bool = True) -> Axes:
+    """Mean over seeds of y against x, a line per value of the number `hue` (learning rate, eps), darker the larger it
+    is, with `label` (default: hue's name) and value at the right end. Bands as in `lines`."""
+    values, ends = sorted(frame[hue].unique()), []
+    for value, colour in zip(values, sns.color_palette("flare", len(values)), strict=True):
+        group = frame[frame[hue] == value]
+        sns.lineplot(group, x=x, y=y, ax=ax, color=colour, errorbar=_BANDS[band], legend=False,
+                     err_kws={"alpha": 0.18, "linewidth": 0})
+        last = group[group[x] == group[x].max()]
+        ends.append((last[x].iloc[0], last[y].mean(), f"{label or hue} {value:g}", colour))
+    return label_ends(ax, ends) if name_lines else ax
+
+
 def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Axes:
     """One recorded quantity over training: mean over seeds and their whole range, a line per LR and qk-norm."""
     frame, ends = curve(runs, quantity), []
-    colours = dict(zip(sorted(frame["lr"].unique()), sns.color_palette("flare", frame["lr"].nunique()), strict=True))
+    colours = lr_colours(frame["lr"])
     for (lr, qk), group in frame.groupby(["lr", "qk_norm"]):
         sns.lineplot(group, x="step", y="value", ax=ax, color=colours[lr], errorbar=_BANDS["range"], legend=False,
                      linestyle=LINE[qk], err_kws={"alpha": 0.2, "linewidth": 0})
@@ -150,6 +172,51 @@ def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Ax
         ends.append((last["step"].iloc[0], last["value"].mean(), f"LR {lr:g} {QK_LABEL[qk]}", colours[lr]))
     ax.set(xlabel="training step", ylabel=label)
     return label_ends(ax, ends)
+
+
+def logit_forecast(ax: Axes, runs: pd.DataFrame, value: str, fitted: Iterable[int]) -> Axes:
+    """`value` of each run against the parameter count, a colour per LR, crosses where `failing`; the quadratic in logs
+    through the sizes `fitted`, dashed beyond them; 1e4 dotted (paper P, Fig. 9)."""
+    colours, ends = lr_colours(runs["lr"]), []
+    last, at = max(fitted), np.geomspace(runs["n_params"].min(), runs["n_params"].max(), 61)
+    for lr, group in runs.groupby("lr"):
+        for failing, marker in ((False, "o"), (True, "x")):
+            dots = group[group["failing"] == failing]
+            ax.scatter(dots["n_params"], dots[value], s=26, marker=marker, color=colours[lr], zorder=3)
+        known = group[group["n_params"].isin(fitted)]
+        fit = extrapolate(known["n_params"], known[value], at)
+        for part, style in ((at <= last, "-"), (at >= last, "--")):
+            ax.plot(at[part], fit[part], style, color=colours[lr])
+        ends.append((at[-1], fit[-1], f"LR {lr:g}", colours[lr]))
+    ax.axhline(1e4, color="0.4", lw=1, ls=":")
+    ax.set_yscale("log")
+    return label_ends(size_axis(ax, runs["n_params"]), ends)
+
+
+def reliability(ax: Axes, failed: pd.Series, probabilities: dict[str, pd.Series], bins: int = 5) -> Axes:
+    """Share of runs that failed against the forecast probability, in equally wide bins, a line per forecast; the dots'
+    area grows with the runs in a bin, the diagonal is perfect calibration."""
+    ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
+    for (name, chance), colour in zip(probabilities.items(), sns.color_palette("dark"), strict=False):
+        bin_of = np.minimum((chance * bins).astype(int), bins - 1)
+        table = pd.DataFrame({"chance": chance, "failed": failed}).groupby(bin_of).agg(
+            chance=("chance", "mean"), share=("failed", "mean"), runs=("failed", "size"))
+        ax.plot(table["chance"], table["share"], color=colour, label=name)
+        ax.scatter(table["chance"], table["share"], s=400 * table["runs"] / table["runs"].sum(), color=colour)
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    ax.set(xlabel="forecast probability of failing", ylabel="share that failed")
+    return ax
+
+
+def held_out_grid(ax: Axes, runs: pd.DataFrame, chance: str) -> Axes:
+    """Mean forecast probability by size and LR as colour; the number in a field is the share of its runs that failed."""
+    shares, shown = (runs.pivot_table(index="n_params", columns="lr", values=column, aggfunc="mean").sort_index(
+        ascending=False) for column in ("failing", chance))
+    sns.heatmap(shown, vmin=0, vmax=1, cmap="rocket_r", annot=shares.astype(float), fmt=".2g", ax=ax, linewidths=1,
+                yticklabels=[size_label(n) for n in shown.index], xticklabels=[f"{lr:g}" for lr in shown.columns],
+                cbar_kws={"label": "forecast probability of failing"})
+    ax.set(xlabel="learning rate", ylabel="parameters N")
+    return ax
 
 
 def pattern(ax: Axes, weights: list[list[float]], title: str) -> Axes:
