@@ -69,11 +69,11 @@ CLAIMS = {
         Claim("P4.drift", "P Fig. 4", "without z-loss and weight decay, output logits drift very negative",
               "very negative late in training", "mean output logit at the end, LR 0.1, neither cure", "<", -5.0),
         Claim("P4.floor", "ours", "a symbol that never occurs sinks until its gradient is of the size of AdamW's eps",
-              "not tested", "distance from 1 of the slope of its final log p on ln eps, eps 1e-7 and above", "<", 0.1),
+              "not tested", "distance from 1 of the slope of its final log p on ln eps, eps 1e-8 to 1e-6", "<", 0.1),
         Claim("P4.vocabulary", "ours", "that floor does not depend on how many such symbols there are", "not tested",
               "absolute slope of its final log p on ln V, eps 1e-6", "<", 0.5),
         Claim("P4.speed", "ours", "above the floor, the speed of sinking is set by AdamW's beta2", "not tested",
-              "final log p at beta2 0.99 minus at 0.9, eps 1e-12 (nats)", ">", 2.0),
+              "final log p at beta2 0.99 minus at 0.9, eps 1e-10 (nats)", ">", 2.0),
         Claim("P4.z-loss", "P Fig. 4", "z-loss brings log Z closer to 0", "near 0",
               "log10 of mean |log Z| over the second half of the run, with z-loss minus with neither, LR 1 and above, "
               "bf16", "<", 0.0),

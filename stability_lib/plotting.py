@@ -21,6 +21,8 @@ LINE = {"none": "--", "head": "-", "model": ":"}
 QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
 PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
                          "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
+CURE_LINE = {"neither": "--", "z-loss": "-", "weight decay": ":"}
+"""Line style by what holds the output logits: dashed with nothing."""
 
 _END = "line end"
 
@@ -161,6 +163,17 @@ def graded(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, label: st
     return label_ends(ax, ends) if name_lines else ax
 
 
+def by_cure(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval", name_lines: bool = True) -> Axes:
+    """Mean over seeds of y against x, a line per `cure` (a key of `CURE_LINE`). Bands as in `lines`."""
+    ends, colours = [], dict(zip(CURE_LINE, sns.color_palette("dark"), strict=False))
+    for cure, group in frame.groupby("cure", sort=False):
+        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[cure], errorbar=_BANDS[band], legend=False,
+                     linestyle=CURE_LINE[cure], err_kws={"alpha": 0.15, "linewidth": 0})
+        last = group[group[x] == group[x].max()]
+        ends.append((last[x].iloc[0], last[y].mean(), cure, colours[cure]))
+    return label_ends(ax, ends) if name_lines else ax
+
+
 def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Axes:
     """One recorded quantity over training: mean over seeds and their whole range, a line per LR and qk-norm."""
     frame, ends = curve(runs, quantity), []
@@ -209,7 +222,7 @@ def reliability(ax: Axes, failed: pd.Series, probabilities: dict[str, pd.Series]
 
 
 def held_out_grid(ax: Axes, runs: pd.DataFrame, chance: str) -> Axes:
-    """Mean forecast probability by size and LR as colour; the number in a field is the share of its runs that failed."""
+    """Mean forecast probability by size and LR as colour; a field's number is the share of its runs that failed."""
     shares, shown = (runs.pivot_table(index="n_params", columns="lr", values=column, aggfunc="mean").sort_index(
         ascending=False) for column in ("failing", chance))
     sns.heatmap(shown, vmin=0, vmax=1, cmap="rocket_r", annot=shares.astype(float), fmt=".2g", ax=ax, linewidths=1,
