@@ -143,7 +143,7 @@ settings where the paper is silent. Sequences are half as long as the paper's bu
 def divergence_sweep(scale: str) -> list[RunConfig]:
     """Chapter 04: which norm placements, shapes and learning rates diverge on associative recall (paper K, Table 1)."""
     sizes, lrs, steps = {
-        "quick": ([(32, 2)], [1e-2, 1e-1, 8e-1], 60),
+        "quick": ([(32, 2)], [1e-2, 3e-2, 8e-1], 60),
         "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
         "gpu": ([(128, 4), (256, 4), (128, 8), (256, 8)], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 2000),
         "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),

@@ -1,13 +1,14 @@
 """The batch runner checks before it runs, goes on after failures and tells the truth about them."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
 
 from stability_lib import batch, claims, runs, studies
 from stability_lib.__main__ import main
-from stability_lib.config import run_key
+from stability_lib.config import RunConfig, run_key
 
 PARAMETERS = 'scale = "cpu"\ndevice = "auto"\nrecompute = "missing"'
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
@@ -20,6 +21,7 @@ def folder(tmp_path, monkeypatch):
     """A notebook folder to fill with `write`."""
     monkeypatch.setattr(batch, "notebook_folder", lambda: tmp_path)
     monkeypatch.setenv(runs.HEADLESS, "1")
+    monkeypatch.setenv(runs.FRESH_SINCE, "")
     return tmp_path
 
 
@@ -86,6 +88,25 @@ def test_a_batch_goes_on_after_failures_and_reports_them(folder, tmp_path, capsy
 def test_a_batch_of_working_notebooks_exits_with_zero(folder, tmp_path):
     write(folder, "01_works", "pass")
     assert main(["reproduce", "01", "--output", str(tmp_path / "out")]) == 0
+
+
+def test_chapters_that_share_runs_train_them_once_in_a_batch(folder, tmp_path, monkeypatch):
+    config = RunConfig(d_model=16, n_layers=1, n_heads=1, seq_len=8, batch_size=4, eval_sequences=8, steps=2,
+                       warmup_steps=0, probe_every=0)
+    store = runs.Store(tmp_path / "shared.jsonl")
+
+    def execute(*arguments, **options):
+        with ThreadPoolExecutor(1) as executor:
+            runs.ensure([config], store, executor=executor, recompute=True)
+    execute()
+    old = store.local.read_text().replace('"date":"2', '"date":"1')  # a thousand years ago
+    store.local.write_text(old)
+    monkeypatch.setattr(batch.papermill, "execute_notebook", execute)
+    write(folder, "01_x", "pass")
+    write(folder, "02_x", "pass")
+    summary = batch.reproduce(batch.notebooks(), tmp_path / "out", {"recompute": "all"})
+    assert summary["error"].eq("").all()
+    assert len(store.local.read_text().splitlines()) == 2
 
 
 def test_the_dry_run_counts_runs_and_estimates_the_missing(folder, capsys):

@@ -225,3 +225,150 @@ for name in ("wikitext103", "c4"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(name))
         remedies = ("connect to the network", "unset HF_HUB_OFFLINE", "use data='shakespeare'")
         assert "cannot fetch" in line and all(remedy in line for remedy in remedies)
+
+
+# digits
+
+@pytest.fixture
+def digits(tiny) -> RunConfig:
+    return replace(tiny, data="digits", seq_len=64, positions="learned", eval_sequences=data.DIGITS_VALID)
+
+
+def test_every_digit_of_scikit_learn_is_in_training_or_validation_and_in_one_of_them_only(digits):
+    from sklearn.datasets import load_digits
+    pixels, classes = load_digits(return_X_y=True)
+    train, valid = data._digits()
+    assert len(valid) == 360 and train.shape[1] == valid.shape[1] == 65
+    ours = torch.cat([train, valid]).numpy()
+    expected = np.column_stack([pixels, classes])
+    assert np.array_equal(ours[np.lexsort(ours.T)], expected[np.lexsort(expected.T)])
+    assert torch.equal(data.validation(digits), valid)
+    assert data.vocab_size(digits) == 10
+
+
+def test_every_class_of_digits_has_its_share_of_both_parts():
+    for part in data._digits():
+        counts = part[:, -1].bincount(minlength=10)
+        assert ((counts - len(part) / 10).abs() < 3 * (len(part) * 0.09) ** 0.5).all()  # 3 standard deviations
+
+
+def test_a_batch_of_digits_is_drawn_from_the_training_images_alone_and_follows_its_generator(digits):
+    train = {tuple(row) for row in data._digits()[0].tolist()}
+    config = replace(digits, batch_size=50)
+    batch, again, other = (data.sample(config, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert batch.shape == (50, 65) and batch.dtype == torch.int64
+    assert all(tuple(row) in train for row in batch.tolist())
+    assert torch.equal(batch, again) and not torch.equal(batch, other)
+
+
+def test_validation_digits_do_not_depend_on_seed_or_recipe(digits):
+    fewer = data.validation(replace(digits, seed=7, lr=0.3, batch_size=2, eval_sequences=20))
+    assert torch.equal(fewer, data.validation(digits)[:20])
+
+
+@pytest.mark.parametrize("changes", [{"eval_sequences": 361}, {"seq_len": 16}])
+def test_digits_of_another_size_or_number_are_refused_before_training(digits, changes):
+    with pytest.raises(data.DataError, match="set seq_len to 64 and eval_sequences to at most 360"):
+        train_run(replace(digits, **changes))
+
+
+# byte pairs
+
+@pytest.fixture
+def text(monkeypatch):
+    """`text(train, valid)` adds a source with these two parts and returns its name, new each time."""
+    def add(train: bytes, valid: bytes) -> str:
+        name = f"made up {len(data.TEXTS)}"
+        monkeypatch.setitem(data.TEXTS, name, lambda: (train, valid))
+        return name
+    yield add
+    data._byte_pairs.cache_clear()
+
+
+SPEECH = b"to be, or not to be: that is the question\n" * 20 + b"whether 'tis nobler in the mind to suffer\n" * 10
+PAIRS = 300
+
+
+def test_each_byte_is_a_symbol_of_its_own_where_there_is_room_for_no_more(text):
+    everything = bytes(range(128)) * 2
+    tokens = data._byte_pairs(text(everything, everything[::-1]), 256)
+    assert tokens.vocab_size == 256 and len(tokens.train) == len(everything)
+    code_of = dict(zip(everything, tokens.train.tolist(), strict=True))
+    assert len(set(code_of.values())) == 128
+    assert tokens.valid.tolist() == [code_of[byte] for byte in everything[::-1]]
+
+
+def test_the_most_frequent_pair_is_merged_first(text):
+    tokens = data._byte_pairs(text(b"ab\n" * 10 + b"cd\n" * 3, b"ab cd\n"), 257)
+    assert tokens.vocab_size == 257 and len(tokens.train) == 10 * 2 + 3 * 3
+    merged, *rest = tokens.valid.tolist()
+    assert len(rest) == 4 and merged == 256 and max(rest) < 256
+
+
+def test_more_symbols_make_shorter_texts_of_symbols_below_the_vocabulary(text):
+    name = text(SPEECH, SPEECH[:200])
+    lengths = [len(data._byte_pairs(name, size).train) for size in (256, 280, PAIRS)]
+    assert lengths[0] == len(SPEECH) and lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
+    tokens = data._byte_pairs(name, PAIRS)
+    both = torch.cat([tokens.train, tokens.valid])
+    assert tokens.vocab_size == PAIRS and both.min() >= 0 and both.max() < PAIRS
+
+
+def test_the_training_part_alone_decides_the_pairs(text):
+    one, other = (data._byte_pairs(text(SPEECH, valid), PAIRS) for valid in (b"zq" * 500, SPEECH))
+    assert torch.equal(one.train, other.train)
+    assert len(one.valid) == 1000 and len(other.valid) == len(other.train)
+
+
+def test_a_text_too_short_for_its_symbols_leaves_the_rest_unused(text, tiny):
+    config = replace(tiny, data=text(b"to be " * 50, b"to be " * 100), tokenizer="bpe", vocab_size=1000, seq_len=4)
+    assert data._byte_pairs(config.data, 1000).vocab_size < 300
+    assert data.vocab_size(config) == 1000
+    assert train_run(config).status == "ok"
+
+
+def test_bytes_that_are_no_utf8_are_replaced(text):
+    assert len(data._byte_pairs(text(b"a\xffb", b"\xc3"), 256).train) == 2 + len("\N{REPLACEMENT CHARACTER}".encode())
+
+
+def test_batches_and_validation_are_windows_of_byte_pairs(text, tiny):
+    config = replace(tiny, data=text(SPEECH, SPEECH), tokenizer="bpe", vocab_size=PAIRS)
+    tokens = data._byte_pairs(config.data, PAIRS)
+    drawn = data.sample(config, torch.Generator().manual_seed(0))
+    assert drawn.shape == (config.batch_size, config.seq_len + 1) and drawn.dtype == torch.int64
+    train, valid = (part.numpy().tobytes() for part in (tokens.train, tokens.valid))
+    assert all(window.int().numpy().tobytes() in train for window in drawn)
+    assert all(window.int().numpy().tobytes() in valid for window in data.validation(config))
+
+
+def test_byte_pairs_are_the_same_when_learned_again(text):
+    name = text(SPEECH, SPEECH[:200])
+    first, again = (data._byte_pairs.__wrapped__(name, PAIRS) for _ in range(2))
+    assert torch.equal(first.train, again.train) and torch.equal(first.valid, again.valid)
+
+
+@pytest.mark.slow
+def test_byte_pairs_are_the_same_in_a_fresh_process(text):
+    code = ("import sys; from conftest import data, digest; parts = tuple(bytes.fromhex(p) for p in sys.argv[1:]); "
+            f"data.TEXTS['x'] = lambda: parts; t = data._byte_pairs('x', {PAIRS}); print(digest(t.train, t.valid))")
+    done = subprocess.run([sys.executable, "-c", code, SPEECH.hex(), SPEECH[:200].hex()], cwd=Path(__file__).parent,
+                          env=os.environ | {"PYTHONHASHSEED": "99"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tokens = data._byte_pairs(text(SPEECH, SPEECH[:200]), PAIRS)
+    assert done.stdout.strip() == digest(tokens.train, tokens.valid)
+
+
+def test_byte_pairs_without_room_for_all_bytes_are_refused(tiny):
+    with pytest.raises(ValueError, match="vocab_size 255 has no room for all bytes: choose at least 256"):
+        train_run(replace(tiny, tokenizer="bpe", vocab_size=255))
+
+
+@pytest.mark.parametrize("source", ["recall", "digits"])
+def test_byte_pairs_of_what_is_no_text_are_refused(tiny, source):
+    with pytest.raises(ValueError, match=f"tokenizer 'bpe' is for text, and '{source}' is none: choose 'bytes'"):
+        train_run(replace(tiny, data=source, seq_len=64, tokenizer="bpe"))
+
+
+def test_byte_pairs_of_an_unknown_source_name_the_known_ones(tiny):
+    with pytest.raises(ValueError, match="unknown data source 'wikitext': did you mean 'wikitext103'"):
+        train_run(replace(tiny, data="wikitext", tokenizer="bpe"))

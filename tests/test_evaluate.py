@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from stability_lib import evaluate
 
@@ -102,6 +105,60 @@ def test_a_finished_run_without_a_final_loss_is_an_error_that_names_it():
 def test_a_run_without_an_initial_loss_is_an_error():
     with pytest.raises(ValueError, match="loss at init"):
         sensitivity(sweep([3.0, 2.0, 2.6], init=math.nan))
+
+
+def parabola(centre: float, lrs, curvature: float = 0.3, bottom: float = 2.0, **columns) -> pd.DataFrame:
+    losses = [bottom + curvature * (math.log10(lr) - math.log10(centre)) ** 2 for lr in lrs]
+    return sweep(losses, lrs=lrs, size=1, **columns)
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+@pytest.mark.parametrize("lrs", [(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-3, 4e-3, 2e-2, 5e-2, 2e-1, 1.0)])
+@pytest.mark.parametrize("centre", [5e-3, 1e-2, 3.7e-2])
+def test_the_best_lr_of_a_parabola_is_its_vertex_wherever_the_grid_lies(centre, lrs, reach):
+    row = evaluate.best_lr(parabola(centre, lrs).iloc[::-1], ["size"], reach=reach).iloc[0]
+    assert (row["best_lr"], row["best_loss"]) == pytest.approx((centre, 2.0), rel=1e-6)
+    assert not row["at_edge"]
+
+
+@pytest.mark.parametrize("centre, edge", [(1e-4, 1e-3), (10.0, 1e-1)])
+def test_a_minimum_at_the_edge_of_the_grid_is_flagged_and_not_extrapolated(centre, edge):
+    curve = parabola(centre, LRS)
+    row = evaluate.best_lr(curve, ["size"]).iloc[0]
+    assert row["at_edge"]
+    assert (row["best_lr"], row["best_loss"]) == pytest.approx((edge, curve["loss_final"].min()))
+
+
+# Through 3, 2, 2 the vertex lies half way to the third LR; all five losses are symmetric about the middle one. The
+# humped curve's parabola opens downwards.
+def test_a_wider_reach_averages_a_flat_bottom_and_a_flat_curve_keeps_the_grids_best():
+    lrs = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    flat_bottom = sweep([3.0, 2.0, 2.0, 2.0, 3.0], lrs=lrs, size=1)
+    assert evaluate.best_lr(flat_bottom, ["size"]).iloc[0]["best_lr"] == pytest.approx(10**-2.5)
+    assert evaluate.best_lr(flat_bottom, ["size"], reach=3).iloc[0]["best_lr"] == pytest.approx(1e-2)
+    humped = sweep([2.0, 1.9, 3.0, 2.5, 2.0], lrs=lrs, size=1)
+    assert evaluate.best_lr(humped, ["size"], reach=3).iloc[0][["best_lr", "best_loss"]].to_list() == [1e-3, 1.9]
+
+
+def test_a_fitted_vertex_never_leaves_the_lrs_it_was_fitted_to():
+    falling = sweep([9.0, 5.0, 2.9, 2.0, 2.1], lrs=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), init=10.0, size=1)
+    for reach in (1, 2, 3):
+        assert 1e-4 <= evaluate.best_lr(falling, ["size"], reach=reach).iloc[0]["best_lr"] <= 1.0
+
+
+def test_the_best_lr_is_found_for_each_group_and_seed_and_a_diverged_run_counts_as_its_initial_loss():
+    runs = pd.concat([parabola(centre, (1e-3, 1e-2, 1e-1), seed=seed, clip_norm=clip)
+                      for clip in (1.0, None) for seed, centre in enumerate([8e-3, 1e-2])])
+    table = evaluate.best_lr(runs, ["clip_norm"])
+    assert len(table) == 4 and table["best_lr"].to_list() == pytest.approx([8e-3, 1e-2] * 2)
+    diverged = sweep([4.0, 2.0, math.nan], status=["ok", "ok", "diverged"], size=1)
+    assert evaluate.best_lr(diverged, ["size"]).iloc[0]["best_lr"] == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("lrs", [(1e-3, 1e-2), (1e-3, 1e-2, 1e-2)])
+def test_a_minimum_of_two_lrs_or_of_mixed_runs_is_an_error(lrs):
+    with pytest.raises(ValueError, match="three or more LRs with one run each"):
+        evaluate.best_lr(sweep([2.0] * len(lrs), lrs=lrs, size=1), ["size"])
 
 
 # The best LR is 1e-2 by the mean over seeds, its mean loss 2.0; 2.6 and 2.5 lie more than 0.4 above it, 2.3 does not.
@@ -266,3 +323,140 @@ def test_the_crossing_lr_lies_where_the_loss_passes_the_margin_on_a_log_axis():
     assert found["crossing_lr"] == pytest.approx(0.1 * 10**0.5)  # 2.7 is halfway from 2.2 to 3.2
     assert evaluate.stable_lr(table, ["size"], margin=0.1).iloc[0]["crossing_lr"] == pytest.approx(0.01 * 10**0.5)
     assert np.isinf(evaluate.stable_lr(table, ["size"], margin=5.0).iloc[0]["crossing_lr"])
+
+
+@given(st.integers(0, 10_000))
+def test_an_auroc_is_the_mann_whitney_statistic_and_sklearns(seed):
+    rng = np.random.default_rng(seed)
+    failed, score = np.arange(30) < 11, rng.integers(0, 12, size=30).astype(float)
+    found = evaluate.auroc(failed, score, resamples=50)
+    assert found.value == pytest.approx(stats.mannwhitneyu(score[failed], score[~failed]).statistic / (11 * 19))
+    assert found.value == pytest.approx(roc_auc_score(failed, score))
+    assert found.low <= found.value <= found.high and found.n == 30
+
+
+def test_an_aurocs_interval_is_the_percentile_bootstraps():
+    rng = np.random.default_rng(3)
+    failed = rng.uniform(size=60) < 0.4
+    score = rng.normal(size=60) + failed
+    found = evaluate.auroc(failed, score, resamples=4000)
+    peer = stats.bootstrap((failed, score), roc_auc_score, paired=True, vectorized=False, n_resamples=2000,
+                           method="percentile", rng=np.random.default_rng(4)).confidence_interval
+    assert (found.low, found.high) == pytest.approx((peer.low, peer.high), abs=0.02)
+
+
+def test_an_auroc_is_known_for_perfect_reversed_constant_and_infinite_scores():
+    failed = [True, True, False, False]
+    for score, value in (([3, 4, 1, 2], 1), ([1, 2, 3, 4], 0), ([5, 5, 5, 5], 0.5), ([math.inf, 1, 2, 0], 0.75)):
+        assert evaluate.auroc(failed, score).value == value
+
+
+def test_an_auroc_within_groups_counts_only_their_pairs():
+    """Between the groups the score is perfect, within them it is 1 of 1 and 0 of 2 pairs."""
+    failed, score, norm = [1, 0, 0, 1, 0, 0], [9, 8, 5, 1, 2, 3], list("aabbbc")
+    assert evaluate.auroc(failed, score, within=norm).value == pytest.approx(1 / 3)
+    assert evaluate.auroc([1, 1, 0, 0], [3, 4, 1, 2], within=list("abab")).value == 1
+
+
+def test_a_difference_of_aurocs_is_paired():
+    failed, score = [1, 1, 0, 0, 1, 0], [5, 2, 1, 3, 6, 2]
+    same = evaluate.auroc(failed, score, minus=score)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    other = [1, 0, 1, 0, 1, 0]
+    expected = evaluate.auroc(failed, score).value - evaluate.auroc(failed, other).value
+    assert evaluate.auroc(failed, score, minus=other).value == pytest.approx(expected)
+
+
+def test_copies_of_a_run_add_no_evidence_where_they_are_resampled_together():
+    rng = np.random.default_rng(5)
+    failed = np.arange(40) < 20
+    score, copies = rng.normal(size=40) + failed, np.repeat(np.arange(40), 9)
+    once, together = evaluate.auroc(failed, score), evaluate.auroc(failed[copies], score[copies], clusters=copies)
+    apart = evaluate.auroc(failed[copies], score[copies])
+    assert (together.value, together.low, together.high, together.n) == pytest.approx(
+        (once.value, once.low, once.high, 40))
+    assert apart.high - apart.low < (once.high - once.low) / 2
+
+
+@pytest.mark.parametrize("failed, score, options, message", [
+    ([1, 1], [1, 2], {}, "2 failed and 0 other"), ([0, 0], [1, 2], {}, "0 failed and 2 other"),
+    ([1, 0], [1, 2], {"within": ["a", "b"]}, "no pairs"), ([1, 0], [1, math.nan], {}, "1 are NaN"),
+    ([1, 0], [1], {}, "for each of 2 runs, got 1")])
+def test_an_auroc_without_pairs_or_scores_is_an_error(failed, score, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.auroc(failed, score, **options)
+
+
+def test_the_calibration_error_weighs_the_bins_by_their_runs():
+    """Two runs at 0.2 of which one fails, three at 0.9 that all do, one at 1 in the last bin too."""
+    failed, probability = [1, 0, 1, 1, 1, 1], [0.2, 0.2, 0.9, 0.9, 0.9, 1.0]
+    assert evaluate.calibration_error(failed, probability) == pytest.approx((2 * 0.3 + abs(4 - 3.7)) / 6)
+    assert evaluate.calibration_error([1, 0], [1, 0]) == 0
+
+
+def test_what_is_calibrated_honestly_has_next_to_no_calibration_error():
+    rng = np.random.default_rng(6)
+    probability = rng.uniform(size=100_000)
+    assert evaluate.calibration_error(rng.uniform(size=100_000) < probability, probability) < 0.01
+
+
+@pytest.mark.parametrize("probability", [[-0.1], [1.1], [math.nan], []])
+def test_a_calibration_error_needs_probabilities(probability):
+    with pytest.raises(ValueError, match=r"within \[0, 1\]"):
+        evaluate.calibration_error([True] * len(probability), probability)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=3), st.floats(0.5, 7))
+def test_extrapolation_is_exact_for_a_parabola_in_logs_and_for_a_power_law(coefficients, at):
+    sizes = np.array([1e3, 2e4, 3e5, 1e6])
+    parabola = lambda n: 10 ** np.polyval(coefficients, np.log10(n) - 3)  # noqa: E731
+    assert evaluate.extrapolate(sizes, parabola(sizes), [10**at]) == pytest.approx(parabola(10**at), rel=1e-6)
+    assert evaluate.extrapolate(sizes, 7 * sizes**-0.3, [10**at], 1) == pytest.approx(7 * 10 ** (-0.3 * at))
+
+
+def test_two_sizes_are_extrapolated_by_a_line_and_one_by_a_constant():
+    assert evaluate.extrapolate([10, 100], [2, 20], [1000]) == pytest.approx(200)
+    assert evaluate.extrapolate([10, 10], [2, 8], [1000]) == pytest.approx(4)  # the mean in logs
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.0], [1.0, math.nan], [1.0, math.inf], []])
+def test_only_positive_finite_values_can_be_extrapolated(values):
+    with pytest.raises(ValueError, match="positive, finite"):
+        evaluate.extrapolate([10, 100][: len(values)], values, [1000])
+
+
+def growing(sizes=(10, 100, 1000, 10_000)) -> pd.DataFrame:
+    """A logit that follows a parabola in log N, steeper at the higher LR, the same for both seeds but for a factor."""
+    return pd.DataFrame([{"seed": seed, "lr": lr, "n_params": n, "logit": (1 + seed) * 10 ** (lr * math.log10(n) ** 2)}
+                         for n in sizes for lr in (0.1, 0.2) for seed in (0, 1)])
+
+
+def test_forecasts_see_only_the_sizes_they_are_fitted_on():
+    runs = growing()
+    table = evaluate.forecasts(runs, "logit")
+    assert len(table) == 2 * 2 * (2 + 1)  # seeds, LRs, larger sizes after two and three fitted ones
+    assert (table["last_size"] < table["n_params"]).all()
+    three = table[table["fitted"] == 3]
+    assert three["quadratic"].to_numpy() == pytest.approx(three["logit"].to_numpy())
+    assert (three["line"] < three["logit"]).all() and (three["last"] < three["line"]).all()
+    two = table[table["fitted"] == 2]
+    assert two["quadratic"].to_numpy() == pytest.approx(two["line"].to_numpy())
+    changed = runs.assign(logit=runs["logit"].where(runs["n_params"] < 10_000, 1.0))
+    columns = ["quadratic", "line", "last"]
+    pd.testing.assert_frame_equal(evaluate.forecasts(changed, "logit")[columns], table[columns])
+
+
+@pytest.mark.parametrize("runs, message", [
+    (growing().iloc[:-1], "seed 1 at LR 0.2 has"), (pd.concat([growing(), growing()]), "need one run of each"),
+    (growing((10, 100)), "need 3 or more")])
+def test_forecasts_need_one_run_of_each_size(runs, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.forecasts(runs, "logit")
+
+
+def test_the_probability_of_failing_rises_with_the_score_and_is_a_constant_where_nothing_failed():
+    score = np.linspace(0, 8, 40)
+    at_threshold, above = evaluate.failure_probability(score > 4, score, [4, 7])
+    assert at_threshold == pytest.approx(0.5, abs=0.05) and above > 0.95
+    assert evaluate.failure_probability([0, 0, 0], [1, 2, 3], [0, 9]) == pytest.approx([1 / 5, 1 / 5])
+    assert evaluate.failure_probability([1, 1], [1, 2], [0]) == pytest.approx([3 / 4])

@@ -363,3 +363,95 @@ def test_a_bf16_forward_pass_is_near_fp32_and_leaves_the_weights_in_fp32(tiny, a
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     error = (half.float() - exact).square().mean().sqrt() / exact.std()
     assert 0 < error < 0.02
+
+
+# images
+
+@pytest.fixture
+def image_config(tiny) -> RunConfig:
+    return replace(tiny, data="digits", seq_len=64, positions="learned", d_model=32, n_heads=2)
+
+
+def images(n: int = 3) -> torch.Tensor:
+    return torch.randint(17, (n, 64))
+
+
+def embedded_patches(model: nn.Module, pixels_BxT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters and leaves the linear embedding of patches."""
+    seen = []
+    with model.embed.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output))):
+        model(pixels_BxT)
+    return seen[0]
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_patches_are_squares_of_pixels_in_raster_order(image_config, side):
+    config = replace(image_config, patch_size=side)
+    pixels = images()
+    found, _ = embedded_patches(models.build(config, 10), pixels)
+    starts = range(0, 8, side)
+    expected = [pixels.view(-1, 8, 8)[:, i: i + side, j: j + side].flatten(1) / 16 for i in starts for j in starts]
+    assert torch.equal(found, torch.stack(expected, 1))
+    assert found.shape == (3, config.length, side**2)
+
+
+def test_a_vision_transformer_gives_one_row_of_logits_per_image(image_config):
+    model = models.build(image_config, 10)
+    assert isinstance(model, models.VisionTransformer)
+    assert model(images(5)).shape == (5, 1, 10)
+    assert model.positions.weight.shape == (16, image_config.d_model)
+
+
+def test_every_patch_sees_every_patch(image_config):
+    model = models.build(image_config, 10)
+    x = torch.randn(1, image_config.length, image_config.d_model, requires_grad=True)
+    stream = model.stream(x)
+    for t in range(image_config.length):
+        scalar = (stream[0, t] * torch.randn(image_config.d_model)).sum()
+        gradient_T = torch.autograd.grad(scalar, x, retain_graph=True)[0].abs().sum((0, 2))
+        assert (gradient_T > 0).all()
+
+
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+def test_without_positions_the_order_of_patches_does_not_matter(image_config, attention):
+    model = models.build(replace(image_config, attention=attention), 10)
+    swapped = images().view(-1, 2, 4, 8)
+    pixels, swapped = swapped.flatten(1), swapped.flip(1).flatten(1)  # the upper half of the image below the lower
+    assert (model(pixels) - model(swapped)).abs().max() > 1e-3
+    with torch.no_grad():
+        model.positions.weight.zero_()
+    torch.testing.assert_close(model(pixels), model(swapped), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+def test_the_weights_that_are_shown_mix_the_values_of_all_patches(image_config, attention):
+    core = blocks.AttentionCore(replace(image_config, attention=attention))
+    q, k, v = torch.randn(3, 2, image_config.n_heads, image_config.length, image_config.d_head)
+    weights = core.weights(core.logits(q, k))
+    torch.testing.assert_close(weights @ v, core(q, k, v), atol=1e-5, rtol=1e-4)
+    assert core.visible(weights).all()
+    if attention == "softmax":
+        assert (weights > 0).all()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_the_embedding_of_patches_starts_with_the_std_of_its_fan_in(image_config):
+    weight = models.build(replace(image_config, d_model=1024, patch_size=4), 10).embed.weight.detach()
+    assert float(weight.std()) == pytest.approx(1 / 4, rel=0.03)
+    assert float(weight.abs().max()) <= 1.0001 * 2 / 4 / TRUNCATED_STD
+
+
+def test_a_vision_transformer_is_the_same_for_the_same_seed_and_counts_its_weights(image_config):
+    model = models.build(image_config, 10)
+    assert digest(*models.build(image_config, 10).parameters()) == digest(*model.parameters())
+    assert digest(*models.build(replace(image_config, seed=1), 10).parameters()) != digest(*model.parameters())
+    named = model.named_weights()
+    assert sum(w.numel() for w in named.values()) == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    outside = sum(named[name].numel() for name in ("embed", "positions", "head"))
+    assert sum(w.numel() for w in named.values()) - outside == models.n_params(image_config)
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 3}, {"patch_size": 16}, {"seq_len": 60}])
+def test_pixels_that_are_no_square_of_patches_are_refused(image_config, changes):
+    with pytest.raises(ValueError, match=r"are no square image in patches .*: choose a seq_len that is the square of"):
+        models.build(replace(image_config, **changes), 10)

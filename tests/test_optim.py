@@ -117,12 +117,61 @@ def test_updates_are_those_of_torch_adamw_at_zero_decay(tiny, changes):
 
 @pytest.mark.parametrize("lr", [1e-3, 0.3])
 @pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
-def test_independent_decay_shrinks_weights_by_the_schedule_alone_whatever_the_lr(tiny, lr, parametrization):
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_independent_decay_shrinks_weights_by_the_schedule_alone_whatever_the_lr(tiny, lr, parametrization, optimizer):
     """Sec. 3.2.2: theta <- (1 - s_t lambda) theta where the gradient is zero."""
-    config = replace(tiny, lr=lr, parametrization=parametrization, weight_decay=0.05, lr_final=0.0)
+    config = replace(tiny, lr=lr, parametrization=parametrization, optimizer=optimizer, weight_decay=0.05, lr_final=0.0)
     shrunk = math.prod(1 - optim.schedule(config, step) * 0.05 for step in range(config.steps))
     for before, after in zip(*run(config, gradient_scale=0.0), strict=True):
         torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
+
+
+def lion(theta: torch.Tensor, gradients: list[torch.Tensor], lrs: list[float], decay: float,
+         config: RunConfig) -> torch.Tensor:
+    """Chen et al. 2023, Algorithm 2: the sign of a mean of momentum and gradient."""
+    m = torch.zeros_like(theta)
+    for g, lr in zip(gradients, lrs, strict=True):
+        direction = (config.beta1 * m + (1 - config.beta1) * g).sign()
+        theta = theta - lr * (direction + decay * theta)
+        m = config.beta2 * m + (1 - config.beta2) * g
+    return theta
+
+
+def lamb(theta: torch.Tensor, gradients: list[torch.Tensor], lrs: list[float], decay: float,
+         config: RunConfig) -> torch.Tensor:
+    """You et al. 2020, Algorithm 2, without bias correction and with the norm of the weights capped at 10; the decay
+    stands outside the trust ratio."""
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    for g, lr in zip(gradients, lrs, strict=True):
+        m = config.beta1 * m + (1 - config.beta1) * g
+        v = config.beta2 * v + (1 - config.beta2) * g * g
+        theta = theta - lr * decay * theta
+        direction = m / (v.sqrt() + config.eps)
+        theta = theta - lr * min(float(theta.norm()), 10.0) / float(direction.norm()) * direction
+    return theta
+
+
+@pytest.mark.parametrize("written_out", [lion, lamb])
+@pytest.mark.parametrize("decay", CHOICES["decay"])
+@pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
+def test_lion_and_lamb_are_their_papers_with_decay_beside_the_step(tiny, written_out, decay, parametrization):
+    config = replace(tiny, optimizer=written_out.__name__, lr=0.05, weight_decay=0.02, decay=decay, base_width=64,
+                     parametrization=parametrization)
+    model = models.build(config, V)
+    multipliers, gradients = optim.lr_multipliers(model, config), random_gradients(model, config.steps, 1e-3)
+    for i, (name, before, after) in enumerate(zip(multipliers, *run(config, gradient_scale=1e-3), strict=True)):
+        peak = config.lr * multipliers[name]
+        lrs = [peak * optim.schedule(config, step) for step in range(config.steps)]
+        coefficient = config.weight_decay / (peak if decay == "independent" else 1)
+        expected = written_out(before.detach(), [step[i] for step in gradients], lrs, coefficient, config)
+        torch.testing.assert_close(after.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_muparam_leaves_the_lr_of_an_images_patches_alone(tiny):
+    """Their fan-in, the pixels of a patch, does not grow with the width."""
+    config = replace(tiny, data="digits", seq_len=64, positions="learned", parametrization="mup_simple", base_width=64)
+    found = optim.lr_multipliers(models.build(config, 10), config)
+    assert found["embed.weight"] == found["positions.weight"] == 1 and found["head.weight"] == 64 / 16
 
 
 def test_independent_decay_adds_to_the_adam_step(tiny):
@@ -135,8 +184,10 @@ def test_independent_decay_adds_to_the_adam_step(tiny):
 
 @pytest.mark.parametrize("lr", [1e-3, 0.3])
 @pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
-def test_pytorch_decay_shrinks_weights_by_the_lr_as_well(tiny, lr, parametrization):
-    config = replace(tiny, lr=lr, parametrization=parametrization, weight_decay=0.1, decay="pytorch", base_width=64)
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_pytorch_decay_shrinks_weights_by_the_lr_as_well(tiny, lr, parametrization, optimizer):
+    config = replace(tiny, lr=lr, parametrization=parametrization, optimizer=optimizer, weight_decay=0.1,
+                     decay="pytorch", base_width=64)
     model = models.build(config, V)
     multipliers = optim.lr_multipliers(model, config)
     for name, before, after in zip(multipliers, *run(config, gradient_scale=0.0), strict=True):

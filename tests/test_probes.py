@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from stability_lib import models, optim, probes
 from stability_lib.config import CHOICES, RunConfig, replace
-from stability_lib.train import autocast, loss_terms, train_run
+from stability_lib.train import autocast, loss_terms, scored, train_run
 
 V = 40
 VARIANTS = [
@@ -322,6 +322,46 @@ def test_a_training_step_with_probes_stays_on_its_device(tiny, attention, qk_nor
     tensors = [loss, norm, *readings.values(), *patterns, *moved.values(), *gradients, *state]
     assert len(state) == 2 * len(gradients)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+def test_readings_of_images_are_over_all_pairs_of_patches(tiny, attention):
+    config = replace(tiny, data="digits", seq_len=64, positions="learned", attention=attention)
+    model, seen = uneven_model(config, 10), []
+    model.blocks[0].attention.core.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    with probes.watch(model) as readings, probes.watch_pattern(model) as patterns:
+        model(torch.randint(17, (2, 64)))
+    q, k = (x.detach().double() for x in seen[0][:2])
+    products, lengths = q @ k.mT, q.norm(dim=-1).unsqueeze(-1) * k.norm(dim=-1).unsqueeze(-2)
+    assert products.shape[-2:] == patterns[0].shape == (16, 16)
+    logits, cosines = products / math.sqrt(config.d_head), products / lengths
+    expected = {"attention_logit_max": logits.max(), "qk_cosine": cosines.mean(),
+                "qk_cosine_at_max": cosines.flatten()[logits.argmax()]}
+    weights = logits.softmax(-1) if attention == "softmax" else logits.relu() ** 2 / 4
+    torch.testing.assert_close(patterns[0].double(), weights[0, 0], rtol=1e-4, atol=1e-6)
+    if attention == "softmax":
+        expected["attention_entropy"] = -(weights * weights.log()).sum(-1).mean()
+    for name, value in expected.items():
+        assert float(readings[f"{name}/block0"]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("lion", 1), ("lamb", 2)])
+def test_a_training_step_on_images_stays_on_its_device(tiny, optimizer, moments):
+    config = replace(tiny, data="digits", seq_len=64, positions="learned", optimizer=optimizer)
+    model = models.build(config, 10).to("meta")
+    batch = torch.zeros(config.batch_size, 65, dtype=torch.long, device="meta")
+    stepper = optim.build(model, config)
+    with Strays() as strays:
+        with probes.watch(model) as readings:
+            loss, objective = loss_terms(*scored(config, model(batch[:, :-1]), batch), config.z_loss)
+        objective.backward()
+        readings |= probes.parameters(model) | probes.gradients(model)
+    with probes.updates(model) as moved:
+        stepper.step()
+    assert not strays.found
+    state = [value for state in stepper.state.values() for name, value in state.items() if name.startswith("exp_avg")]
+    assert len(state) == moments * len(list(model.parameters()))
+    assert {tensor.device.type for tensor in [loss, *readings.values(), *moved.values(), *state]} == {"meta"}
 
 
 def test_every_reading_of_a_run_is_a_number_at_every_probed_step(tiny):

@@ -181,6 +181,29 @@ def test_recompute_trains_every_run_again_and_keeps_the_old_lines(store):
     runs.ensure(THREE, store, executor=Untouched())
 
 
+def test_recompute_leaves_alone_what_was_trained_since_the_batch_began(store, stored, monkeypatch):
+    since = "2024-05-05T12:00:00+00:00"
+    dated = [edited(line, provenance=json.loads(line)["provenance"] | {"date": date}) for line, date in
+             zip(stored, ("2024-05-05T11:59:59+00:00", since, "2024-05-06T00:00:00+00:00"), strict=True)]
+    store.local.write_bytes(b"".join(dated))
+    monkeypatch.setenv(runs.FRESH_SINCE, since)
+    executor = Serial()
+    table = runs.ensure(THREE, store, executor=executor, recompute=True)
+    assert executor.trained == THREE[:1]
+    assert table["key"].to_list() == keys(THREE)
+    runs.ensure(THREE, store, executor=Untouched(), recompute=True)  # what was just trained is fresh too
+    monkeypatch.setenv(runs.FRESH_SINCE, "2999-01-01T00:00:00+00:00")
+    runs.ensure(THREE, store, executor=(executor := Serial()), recompute=True)
+    assert sorted(keys(executor.trained)) == sorted(keys(THREE))
+
+
+def test_fresh_runs_of_the_reference_need_not_be_trained_again_either(tmp_path, stored, monkeypatch):
+    store = Store(tmp_path / "local.jsonl", tmp_path / "reference.jsonl")
+    store.reference.write_bytes(b"".join(stored))
+    monkeypatch.setenv(runs.FRESH_SINCE, "2020-01-01T00:00:00+00:00")
+    assert len(runs.ensure(THREE, store, executor=Untouched(), recompute=True)) == 3
+
+
 def test_the_latest_line_of_a_key_wins(store, stored):
     store.local.write_bytes(stored[0] + stored[1] + edited(stored[0], loss_final=9.0))
     assert runs.ensure(THREE[:2], store, executor=Untouched())["loss_final"].iloc[0] == 9.0
@@ -261,6 +284,18 @@ def two_runs(stored) -> pd.DataFrame:
                "logit/block0": [5.0, None], "logit/block1": [6.0, 2.0], "logit_mean": [50.0, 50.0]},
               {"step": [0, 1], "loss": [3.0, None]}]
     return runs.frame([json.loads(line) | {"curves": c} for line, c in zip(stored, curves, strict=False)])
+
+
+def test_accuracy_is_kept_and_is_nan_in_runs_from_before_it_was_recorded(store, stored):
+    new, old = json.loads(stored[0]), json.loads(stored[1])
+    assert 0 <= new["accuracy_final"] <= 1
+    del old["accuracy_final"]
+    store.local.write_bytes(stored[0] + json.dumps(old).encode() + b"\n")
+    table = runs.ensure(THREE[:2], store, executor=Untouched())
+    assert table["accuracy_final"].dtype == float
+    assert table["accuracy_final"].iloc[0] == new["accuracy_final"] and math.isnan(table["accuracy_final"].iloc[1])
+    older = runs.frame([old])
+    assert older["accuracy_final"].dtype == float and older["accuracy_final"].isna().all()
 
 
 def test_a_curve_has_one_row_per_run_and_recorded_step(two_runs):

@@ -216,6 +216,30 @@ def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batch(tiny, ba
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"data": "recall"}, {"data": "digits", "seq_len": 64, "positions": "learned"}], ids=str)
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_accuracy_is_the_share_of_scored_tokens_with_the_largest_logit(tiny, changes, batch_size):
+    config = replace(tiny, **changes)
+    model = models.build(config, data.vocab_size(config))
+    windows, scored = data.validation(config).clone(), config.scored_positions
+    with torch.no_grad():
+        best = model(windows[:, :-1])[:, -scored:].argmax(-1)
+    right = torch.rand(best.shape) < 0.4
+    windows[:, -1] = torch.where(right, best, (best + 1) % data.vocab_size(config))[:, -1]
+    expected = (windows[:, -scored:] == best).float().mean()
+    _, found = train.evaluate(model, windows, replace(config, batch_size=batch_size), "cpu")
+    assert found == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_a_vision_transformer_learns_digits(tiny):
+    config = replace(tiny, data="digits", seq_len=64, positions="learned", batch_size=32, eval_sequences=100, steps=80,
+                     lr=0.01)
+    result = train_run(config)
+    assert result.loss_final < result.loss_init - 1
+    assert result.accuracy_final > 0.6
+
+
 # a run that blows up is a result
 
 @pytest.mark.parametrize("changes, stop_step, reason", [
