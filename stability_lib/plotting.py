@@ -136,7 +136,7 @@ def coordinate_check(ax: Axes, moves: pd.DataFrame) -> Axes:
         ax.plot(group["width"], group["change"], color=colours[name], alpha=step / moves["step"].max(), marker="o",
                 markersize=4)
         if step == moves["step"].max():
-            power = np.polyfit(np.log(group["width"]), np.log(group["change"]), 1)[0]
+            power = np.polyfit(np.log(group["width"]), np.log(group["change"]), 1)[0].round(2) + 0.0
             ends.append((group["width"].iloc[-1], group["change"].iloc[-1], f"{name}: {power:+.2f}", colours[name]))
     ax.set_yscale("log")
     return label_ends(_width_axis(ax, moves["width"]), ends)

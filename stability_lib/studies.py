@@ -219,13 +219,25 @@ def width_and_depth(scale: str) -> list[RunConfig]:
                 lr=PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS[2:], seed=[0, 1, 2])
 
 
+_SIZES_BETWEEN = {
+    "quick": [size(16, 1), size(48, 2)],
+    "cpu": [size(16, 1), size(48, 3), size(80, 4)],
+    "gpu": [size(32, 2), size(96, 3, 32), size(192, 5, 32), size(384, 7, 64)],
+    "paper": [size(128, 2, 64), size(384, 4, 64), size(640, 9, 64), size(896, 18, 64)],
+}
+"""Sizes between and below those of chapter 01."""
+
+
 def logit_growth_by_size(scale: str) -> list[RunConfig]:
     """Chapter 08: sizes between and below those of chapter 01, without qk-norm, so that forecasts have something to be
     fitted on and something to be held to (paper P, Fig. 9)."""
-    sizes = {"quick": [size(16, 1), size(48, 2)], "cpu": [size(16, 1), size(48, 3), size(80, 4)],
-             "gpu": [size(32, 2), size(96, 3, 32), size(192, 5, 32), size(384, 7, 64)],
-             "paper": [size(128, 2, 64), size(384, 4, 64), size(640, 9, 64), size(896, 18, 64)]}[check_scale(scale)]
-    return grid(base(scale), size=sizes, qk_norm=["none"], lr=PAPER_LRS[2:], seed=[0, 1, 2])
+    return grid(base(scale), size=_SIZES_BETWEEN[scale], qk_norm=["none"], lr=PAPER_LRS[2:], seed=[0, 1, 2])
+
+
+def logit_growth_near_failure(scale: str) -> list[RunConfig]:
+    """Chapter 08: all sizes at learning rates between the paper's, where failing sets in."""
+    lrs = {"quick": [1.7e-1], "cpu": [5.5e-2]}.get(check_scale(scale), [5.5e-3, 1.7e-2, 5.5e-2])
+    return grid(base(scale), size=_SIZES[scale] + _SIZES_BETWEEN[scale], qk_norm=["none"], lr=lrs, seed=[0, 1, 2])
 
 
 def logit_transplant(scale: str) -> list[RunConfig]:
@@ -255,7 +267,7 @@ def _high_lrs(scale: str) -> tuple[float, ...]:
 STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
     first_look, attention_logit_growth, attention_patterns, output_logit_floor, output_logit_harm, mu_parametrization,
     divergence_sweep, warm_up, weight_decay, steps_and_batch, other_optimizers, digits, width_and_depth,
-    logit_growth_by_size, logit_transplant, adam_epsilon)}
+    logit_growth_by_size, logit_growth_near_failure, logit_transplant, adam_epsilon)}
 
 CHAPTERS = {
     "00_start_here": ("first_look",),
@@ -265,7 +277,8 @@ CHAPTERS = {
     "04_rksp_auroc": ("divergence_sweep",),
     "06_warmup_and_weight_decay": ("warm_up", "weight_decay", "steps_and_batch", "other_optimizers", "digits"),
     "07_width_vs_depth": ("width_and_depth",),
-    "08_predicting_logit_growth": ("attention_logit_growth", "logit_growth_by_size", "logit_transplant"),
+    "08_predicting_logit_growth": ("attention_logit_growth", "logit_growth_by_size", "logit_growth_near_failure",
+                                   "logit_transplant"),
     "09_gradient_scale_and_adam_eps": ("attention_logit_growth", "adam_epsilon"),
 }
 """Which studies a notebook uses."""
