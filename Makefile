@@ -22,7 +22,7 @@ test: $(VENV)/ready-test  ## run pytest, then every committed notebook against i
 lab: $(VENV)/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-reference: $(VENV)/ready  ## train the committed reference again (under 40 minutes on 2 cores; it can be interrupted and goes on)
+reference: $(VENV)/ready  ## train the committed reference again (about two and a half hours on 2 cores; it can be interrupted and goes on)
 	$(BIN)/python -m stability_lib reference
 
 promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=...

@@ -304,13 +304,18 @@ def eigenvalues(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, cutof
     """
     x, y, cutoff = _states(x_NxD, y_NxD, 0, cutoff)
     n, width = x.shape
-    x_KxD, y_KxD = _compress(x - x.mean(0), y - y.mean(0))
-    r_DxD = x_KxD[:width].cpu().numpy()
-    # 1/cond in the 1-norm bounds the smallest singular value; it is estimated, so near the cutoff the SVD decides
-    smallest = linalg.lapack.dtrcon(r_DxD)[0] * np.linalg.norm(r_DxD, 1) / math.sqrt(width) if n > width else 0.0
-    if smallest > 10 * cutoff:
-        a_MxM = torch.linalg.solve_triangular(x_KxD[:width], y_KxD[:width], upper=True)
+    x, y = x - x.mean(0), y - y.mean(0)
+    gram_DxD = x.T @ x
+    lower_DxD, failed = torch.linalg.cholesky_ex(gram_DxD)
+    norm = float(torch.linalg.matrix_norm(gram_DxD, 1))
+    rcond = 0.0 if n <= width or failed else linalg.lapack.dpocon(lower_DxD.cpu().numpy(), norm, uplo="L")[0]
+    # rcond ||gram||_1 is at most the square of the smallest singular value of X, but estimated: near the cutoff, and
+    # where normal equations are too coarse for one step of refinement to mend, the SVD decides
+    if rcond > 1e-10 and math.sqrt(rcond * norm) > 10 * cutoff:
+        a_MxM = torch.cholesky_solve(x.T @ y, lower_DxD)
+        a_MxM += torch.cholesky_solve(x.T @ (y - x @ a_MxM), lower_DxD)
     else:
+        x_KxD, y_KxD = _compress(x, y)
         p_KxM, s, w_DxD, modes = _factor(x_KxD, cutoff, 0)
         a_MxM = p_KxM.T @ y_KxD @ w_DxD[:modes].T / s[:modes, None]
     values = torch.linalg.eigvals(a_MxM.cpu()).numpy()
