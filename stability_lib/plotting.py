@@ -216,7 +216,7 @@ def reliability(ax: Axes, failed: pd.Series, probabilities: dict[str, pd.Series]
             chance=("chance", "mean"), share=("failed", "mean"), runs=("failed", "size"))
         ax.plot(table["chance"], table["share"], color=colour, label=name)
         ax.scatter(table["chance"], table["share"], s=400 * table["runs"] / table["runs"].sum(), color=colour)
-    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
     ax.set(xlabel="forecast probability of failing", ylabel="share that failed")
     return ax
 
