@@ -267,7 +267,7 @@ def test_a_run_that_blows_up_is_a_row_with_its_step_and_reason_and_no_loss(store
 def test_long_curves_are_thinned_to_about_100_points_with_both_ends(n):
     steps = list(range(n))
     values = [step + 1 / 3 for step in steps]
-    row = runs.to_row(RunResult(TINY, "ok", None, None, 2.0, 1.0,
+    row = runs.to_row(RunResult(TINY, "ok", None, None, 2.0, 1.0, 0.5,
                                 {"step": steps, "loss": values, "gradient_norm": values,
                                  "probe_step": [0], "log_z": [math.inf]}, [[[1 / 3]]], 1.0), "cpu")
     kept = row["curves"]["step"]
