@@ -261,7 +261,7 @@ def _lrs(scale: str) -> tuple[float, ...]:
 
 
 def _high_lrs(scale: str) -> tuple[float, ...]:
-    return (1e-2, 1e-1, 3e-1) if scale == "quick" else PAPER_LRS[1:]
+    return (1e-2, 3e-1) if scale == "quick" else PAPER_LRS[1:]
 
 
 STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
