@@ -159,6 +159,41 @@ CLAIMS = {
               "error (decades of LR) on held-out norms of a model of shape and spectra minus that of the median of the "
               "other norms", "<", 0.0),
     ),
+    "05_kss_divergence": (
+        Claim("KT3.uncontrolled", "K Table 3",
+              "without norms and without control, training diverges at LR 0.005 to 0.01", "66.7%",
+              "share of runs without control that diverge", ">", 0.5),
+        Claim("KT3.clipping", "K Table 3", "clipping helps little", "58.3% with clipping at 1.0, 50.0% at 0.5",
+              "share of runs with clipping, at 0.5 and 1.0, that diverge", ">", 0.33),
+        Claim("KT3.kss-at-paper", "K Table 3", "KSS with alpha 0.15 at every tenth step prevents divergence",
+              "12.5% against 66.7%", "diverged share, KSS at the paper's alpha 0.15 minus no control", "<", 0.0),
+        Claim("KT3.kss-every-step", "ours", "KSS with alpha 5 at every step prevents divergence", "not tested",
+              "diverged share, KSS at alpha 5 and every step minus no control", "<", 0.0),
+        Claim("KF2.dose", "K Fig. 2", "within the paper's range, more KSS prevents more divergence",
+              "25.0%, 12.5%, 8.3% at alpha 0.10, 0.15, 0.20", "diverged share, alpha 0.20 minus 0.10, every tenth step",
+              "<", 0.0),
+        Claim("KT3.near-unit-mass", "K Table 3", "KSS lowers near-unit mass", "0.58 against 0.85",
+              "M1 at the last reading, KSS at alpha 5 and every step minus no control", "<", 0.0),
+        Claim("KT3.accuracy", "K Table 3", "KSS raises accuracy", "48.2% against 28.5%",
+              "final accuracy, KSS at alpha 5 and every step minus no control", ">", 0.0),
+        Claim("KT3.learning", "ours", "where recall is learned, preventing divergence costs no accuracy", "not tested",
+              "final accuracy at each arm's best LR, KSS at alpha 5 and every step minus no control", ">", -0.05),
+        Claim("KT6.unstable-term", "K Table 6", "full KSS prevents more than its unstable term alone",
+              "12.5% against 33.3%", "diverged share, full KSS minus its unstable term, alpha 5, every step", "<", 0.0),
+        Claim("KT6.near-unit-term", "K Table 6", "full KSS prevents more than its near-unit term alone",
+              "12.5% against 41.7%",
+              "diverged share, full KSS minus its near-unit term at the better of two doses", "<", 0.0),
+        Claim("KT6.random-l2", "K Table 6", "KSS prevents more than a random l2 penalty on residuals",
+              "12.5% against 54.2%", "diverged share, KSS minus random l2 at the better of two doses", "<", 0.0),
+        Claim("KT6.jacobian", "K Table 6", "KSS prevents more than a penalty on the layers' Jacobians",
+              "12.5% against 45.8%", "diverged share, KSS minus Jacobian penalty at the better of two doses", "<", 0.0),
+        Claim("KT6.activation-variance", "K Table 6", "KSS prevents more than a penalty on the activations' variance",
+              "12.5% against 50.0%", "diverged share, KSS minus variance penalty at the better of two doses", "<", 0.0),
+        Claim("KT6.residual-norm", "ours", "KSS prevents more than a plain penalty on the residual stream's norm",
+              "not tested", "diverged share, KSS minus norm penalty at the better of two doses", "<", 0.0),
+        Claim("KT6.correlation", "K Table 6", "what lowers M1 prevents divergence", "r = -0.87",
+              "correlation over arms of the change in M1 with the fall in divergence", "<", -0.5),
+    ),
     "06_warmup_and_weight_decay": (
         Claim("P5.sensitivity", "P Fig. 5", "a longer warm-up lowers LR sensitivity", "lowers LR sensitivity",
               "LR sensitivity with the longest minus with the shortest warm-up (nats)", "<", 0.0),
@@ -285,6 +320,35 @@ CLAIMS = {
               "final loss at the eps nearest 100 times the gradient RMS minus that at 1e-8, highest LR (nats)",
               ">", 0.4),
     ),
+    "10_kss_baselines": (
+        Claim("KT4.kss-beats-baselines", "K Table 4", "KSS prevents more divergence than each baseline",
+              "12.5% against 33.3% to 54.2%",
+              "diverged share at LR 0.005 to 0.01, KSS minus the best of spectral norm, weight norm, gradient penalty, "
+              "SAM and Lion", "<", 0.0),
+        Claim("KT4.baselines-help", "K Table 4", "each baseline prevents some divergence", "33.3% to 54.2%, from 66.7%",
+              "diverged share at LR 0.005 to 0.01, the worst of those minus no control", "<", 0.0),
+        Claim("KT4.kss-sam", "K Table 4", "KSS on top of SAM prevents more than SAM", "8.3% against 33.3%",
+              "diverged share at LR 0.005 to 0.01, SAM 0.1 with minus without KSS", "<", 0.0),
+        Claim("KT5.no-norm", "K Table 5", "KSS raises the largest stable learning rate without norms", "0.002 to 0.005",
+              "log10 of its ratio, with over without KSS", ">", 0.0),
+        Claim("KT5.pre-ln", "K Table 5", "and with Pre-LN", "0.005 to 0.008",
+              "log10 of its ratio, with over without KSS, Pre-LN", ">", 0.0),
+        Claim("KT5.rmsnorm", "K Table 5", "and with RMSNorm", "0.003 to 0.005",
+              "log10 of its ratio, with over without KSS, RMSNorm", ">", 0.0),
+        Claim("KT13.mup", "K Table 13", "muParam prevents some divergence", "41.7% against 66.7%",
+              "diverged share at LR 0.005 to 0.01, muParam minus standard", "<", 0.0),
+        Claim("KT13.mup-kss", "K Table 13", "KSS on top of muParam prevents more than muParam", "8.3% against 41.7%",
+              "diverged share at LR 0.005 to 0.01, muParam with minus without KSS", "<", 0.0),
+        Claim("KT14.lamb", "K Table 14", "LAMB prevents some divergence", "45.8% against 66.7%",
+              "diverged share at LR 0.005 to 0.01, LAMB minus AdamW", "<", 0.0),
+        Claim("KT14.lamb-kss", "K Table 14", "KSS on top of LAMB prevents more than LAMB", "8.3% against 45.8%",
+              "diverged share at LR 0.005 to 0.01, LAMB with minus without KSS", "<", 0.0),
+        Claim("KT14.tuned", "ours", "at each one's best learning rate, KSS lowers the loss", "not tested",
+              "final loss at the best LR, AdamW with minus without KSS (nats)", "<", 0.0),
+        Claim("KT14.remedies", "ours", "KSS prevents more divergence than plain remedies", "not tested",
+              "diverged share at LR 0.005 to 0.01, KSS minus the best of a longer warm-up, qk-norm, residual scaling, "
+              "ReZero and Pre-LN", "<", 0.0),
+    ),
 }
 
 PAPER_K_TABLES = {
@@ -297,8 +361,34 @@ PAPER_K_TABLES = {
     "table 2": pd.Series({"M1": 0.995, "M1 x log10 kappa": 0.873, "rho": 0.845, "kappa": 0.687,
                           "gradient norm, step 1": 0.621, "gradient norm, step 100": 0.685,
                           "gradient variance, steps 1-100": 0.702, "loss spikes, steps 1-500": 0.758}, name="AUROC"),
+    "table 3": pd.DataFrame(
+        [("no control", 66.7, 28.5, 0.85, None), ("clip 0.5", 50.0, 32.1, 0.82, None),
+         ("clip 1.0", 58.3, 30.8, 0.83, None), ("KSS 0.10", 25.0, 42.3, 0.68, 9.5),
+         ("KSS 0.15", 12.5, 48.2, 0.58, 10.8), ("KSS 0.20", 8.3, 46.5, 0.52, 11.2)],
+        columns=["arm", "diverged_percent", "accuracy_percent", "near_unit_mass", "overhead_percent"]).set_index("arm"),
+    "table 4": pd.DataFrame(
+        [("spectral norm", 41.7, 35.2, 5.2), ("weight norm", 54.2, 32.8, 3.8), ("gradient penalty", 45.8, 33.1, 6.4),
+         ("SAM 0.05", 37.5, 38.6, 100.0), ("SAM 0.1", 33.3, 40.2, 100.0), ("Lion", 45.8, 36.5, 15.0),
+         ("SAM 0.1 + KSS", 8.3, 45.8, 112.0)],
+        columns=["arm", "diverged_percent", "accuracy_percent", "overhead_percent"]).set_index("arm"),
+    "table 5": pd.DataFrame([("pre_ln", 0.005, 0.008), ("rmsnorm", 0.003, 0.005), ("no_norm", 0.002, 0.005)],
+                            columns=["norm", "without_kss", "with_kss"]).set_index("norm"),
+    "table 6": pd.DataFrame(
+        [("random_l2", 54.2, 31.2, 0.81), ("jacobian", 45.8, 33.8, 0.78), ("activation_variance", 50.0, 32.5, 0.80),
+         ("unstable", 33.3, 38.5, 0.68), ("near_unit", 41.7, 36.2, 0.72), ("kss", 12.5, 48.2, 0.58)],
+        columns=["penalty", "diverged_percent", "accuracy_percent", "near_unit_mass"]).set_index("penalty"),
+    "table 13": pd.DataFrame(
+        [("no control", 66.7, 28.5, 0.85), ("muP", 41.7, 35.8, 0.72), ("muP, higher LR", 50.0, 38.2, 0.78),
+         ("KSS", 12.5, 48.2, 0.58), ("muP + KSS", 8.3, 51.5, 0.52)],
+        columns=["arm", "diverged_percent", "accuracy_percent", "near_unit_mass"]).set_index("arm"),
+    "table 14": pd.DataFrame(
+        [("AdamW", 66.7, 28.5, 0.85, 0.003), ("clip", 58.3, 30.8, 0.83, 0.005), ("LAMB", 45.8, 36.2, 0.75, 0.01),
+         ("LAMB + warm-up", 37.5, 40.8, 0.68, 0.02), ("Lion", 45.8, 36.5, 0.78, 0.001),
+         ("LAMB + KSS", 8.3, 52.8, 0.52, 0.015)],
+        columns=["arm", "diverged_percent", "accuracy_percent", "near_unit_mass", "best_lr"]).set_index("arm"),
 }
-"""Paper K's tables 1 and 2, by norm and by predictor; percentages and accuracies as printed."""
+"""Paper K's tables of chapters 04, 05 and 10, percentages as printed. Its divergence rates in tables 3 to 6, 13 and 14
+are shares of 24 runs."""
 
 
 def verdict(claim: Claim, estimate: Estimate | None) -> str:

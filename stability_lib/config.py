@@ -30,9 +30,17 @@ CHOICES = {
     "decay": ("independent", "pytorch"),
     "tokenizer": ("bytes", "bpe"),
     "precision": ("fp32", "bf16"),
+    "residual": ("plain", "scaled", "rezero"),
+    "reparametrization": ("none", "spectral_norm", "weight_norm"),
+    "shaping": ("none", "kss", "unstable", "near_unit", "random_l2", "residual_norm", "activation_variance",
+                "jacobian"),
+    "shaping_dmd": ("pod", "random", "whitened"),
+    "shaping_gradient": ("both", "input", "output"),
+    "shaping_reduction": ("sum", "mean"),
 }
 _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
-                "probe_every", "attention_maps", "beta1", "beta2"}
+                "probe_every", "attention_maps", "beta1", "beta2", "spectra_every", "gradient_penalty", "sam_rho",
+                "shaping_alpha", "shaping_beta"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,8 @@ class RunConfig:
     x + f(RMSNorm x); `post_ln` LN(x + f(x)); `deepnorm` LN(a x + f(x)) and `deepnorm_pre` a x + f(LN x), with
     a = (2 n_layers)^(1/4); `subln` pre_ln with another LN before each sublayer's output projection; `no_norm`
     x + f(x)."""
+    residual: str = "plain"
+    """`scaled`: sublayers are added times 1/sqrt(2 n_layers); `rezero`: times a trained scalar each, zero at first."""
     positions: str = "rotary"
     """`learned`: an embedding per position, as in GPT-2."""
     biases: bool = False
@@ -80,6 +90,9 @@ class RunConfig:
     init: str = "fan_in"
     """`fan_in`: paper P's. `gpt2`: every weight N(0, 0.02^2). `pytorch`: the modules' own. `xavier`: Xavier-uniform
     linear layers, embeddings N(0, 0.02^2). Biases start at zero except under `pytorch`."""
+    reparametrization: str = "none"
+    """Of the linear layers of the blocks, by torch's parametrizations: `spectral_norm` divides a weight by its largest
+    singular value, `weight_norm` trains the norm and the direction of each row apart."""
     qk_norm: str = "head"
     """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
     d_model (Fig. E.8); `none`."""
@@ -114,8 +127,22 @@ class RunConfig:
     theta."""
     clip_norm: float | None = 1.0
     z_loss: float = 1e-4
+    gradient_penalty: float = 0.0
+    """Times the squared norm of the loss's gradient, added to the loss."""
+    sam_rho: float = 0.0
+    """Radius of sharpness-aware minimization around the optimizer's step; 0: without."""
     precision: str = "fp32"
     """`bf16` runs forward and backward under autocast; parameters and optimizer state stay fp32."""
+
+    # Koopman Spectral Shaping and its kin, see shaping.Settings
+    shaping: str = "none"
+    """Which penalty on the layers' states is added to the loss."""
+    shaping_alpha: float = 0.15
+    shaping_every: int = 10
+    shaping_beta: float = 1.0
+    shaping_dmd: str = "pod"
+    shaping_gradient: str = "both"
+    shaping_reduction: str = "sum"
 
     # divergence: besides non-finite values, a run ends where it passes one of these (None: never)
     diverge_loss: float | None = None
@@ -124,6 +151,8 @@ class RunConfig:
     # probes
     probe_every: int = 20
     """Steps between probes (the first and the last step are always probed); 0: no probes."""
+    spectra_every: int = 0
+    """Steps between spectral profiles (`koopman`) of the batch; the first and the last step's too; 0: none."""
     attention_maps: int = 0
     """How many snapshots of one attention pattern (block 0, head 0) to keep over the run."""
 

@@ -56,6 +56,17 @@ def proportion(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(exact.low), float(exact.high), n)
 
 
+def proportion_difference(first: tuple[int, int], second: tuple[int, int]) -> Estimate:
+    """The first share minus the second, each given as (successes, n), with Newcombe's hybrid score interval (1998,
+    method 10). Raises `ValueError` where one has no observations."""
+    a, b = (proportion(*counts) for counts in (first, second))
+    wilson = [stats.binomtest(*counts).proportion_ci(method="wilson") for counts in (first, second)]
+    gap = a.value - b.value
+    low = gap - np.hypot(a.value - wilson[0].low, wilson[1].high - b.value)
+    high = gap + np.hypot(wilson[0].high - a.value, b.value - wilson[1].low)
+    return Estimate(gap, float(low), float(high), a.n + b.n)
+
+
 def capped_loss(runs: pd.DataFrame) -> pd.Series:
     """min(final loss, loss at init), the loss that enters LR sensitivity (paper P, Sec. 2.2); a diverged run counts
     as its loss at init. Raises `ValueError` where a run has no loss at init or a finished one no final loss."""

@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -169,7 +169,7 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str |
 
     def snapshot(values: tuple) -> Tensor:
         nonlocal rows, leading
-        h = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 2), None)
+        h = stream_states(values)
         if h is None or leading not in (None, h.shape[:-1]):
             what = "no states [..., D]" if h is None else f"states {tuple(h.shape)} after {tuple(leading)}"
             raise ProfileError(f"layer {len(found)} passes on {what}: name layers that pass the same token states on")
@@ -235,6 +235,11 @@ def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None =
     if len(ranked) > 1 and sizes[ranked[1]] >= sizes[ranked[0]] / 10:
         raise ProfileError(f"{type(model).__name__} has several stacks, {', '.join(ranked)}: name one with layers=")
     return list(model.get_submodule(ranked[0]))
+
+
+def stream_states(values: Iterable) -> Tensor | None:
+    """The stream's states [..., D] among a layer's arguments or outputs: the first that fits; None: none does."""
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 2), None)
 
 
 def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, layer: int = 0, rank: int | None = None,
@@ -303,22 +308,13 @@ def eigenvalues(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, cutof
     `cutoff` and errors as in `layer_profile`.
     """
     x, y, cutoff = _states(x_NxD, y_NxD, 0, cutoff)
-    n, width = x.shape
     x, y = x - x.mean(0), y - y.mean(0)
-    gram_DxD = x.T @ x
-    lower_DxD, failed = torch.linalg.cholesky_ex(gram_DxD)
-    norm = float(torch.linalg.matrix_norm(gram_DxD, 1))
-    rcond = 0.0 if n <= width or failed else linalg.lapack.dpocon(lower_DxD.cpu().numpy(), norm, uplo="L")[0]
-    # rcond ||gram||_1 is at most the square of the smallest singular value of X, but estimated: near the cutoff, and
-    # where normal equations are too coarse for one step of refinement to mend, the SVD decides
-    if rcond > 1e-10 and math.sqrt(rcond * norm) > 10 * cutoff:
-        a_MxM = torch.cholesky_solve(x.T @ y, lower_DxD)
-        a_MxM += torch.cholesky_solve(x.T @ (y - x @ a_MxM), lower_DxD)
-    else:
+    a_MxM = _normal_equations(x.cpu().numpy(), y.cpu().numpy(), cutoff)
+    if a_MxM is None:
         x_KxD, y_KxD = _compress(x, y)
         p_KxM, s, w_DxD, modes = _factor(x_KxD, cutoff, 0)
-        a_MxM = p_KxM.T @ y_KxD @ w_DxD[:modes].T / s[:modes, None]
-    values = torch.linalg.eigvals(a_MxM.cpu()).numpy()
+        a_MxM = (p_KxM.T @ y_KxD @ w_DxD[:modes].T / s[:modes, None]).cpu().numpy()
+    values = np.linalg.eigvals(a_MxM).astype(complex)
     return values[np.lexsort((-values.imag, -np.abs(values)))]
 
 
@@ -439,6 +435,23 @@ def _states(x, y, layer: int, cutoff: float | None) -> tuple[Tensor, Tensor, flo
         here = 64 * torch.finfo(torch.float64).eps
         cutoff = float(x.norm()) * (4 * ulp * (len(x) ** -0.5 + x.shape[1] ** -0.5) + here)
     return x, y, cutoff
+
+
+def _normal_equations(x_NxD: np.ndarray, y_NxD: np.ndarray, cutoff: float) -> np.ndarray | None:
+    """The least-squares solution of X A = Y; None where the SVD is needed: near the cutoff, or badly conditioned."""
+    gram_DxD = x_NxD.T @ x_NxD
+    try:
+        inverse_DxD = np.linalg.inv(gram_DxD)
+    except np.linalg.LinAlgError:
+        return None
+    size = np.linalg.norm(inverse_DxD, 1)  # at least 1 / (smallest singular value of X)^2
+    condition = size * np.linalg.norm(gram_DxD, 1)
+    if not (condition < 1e8 and size**-0.5 > 2 * cutoff):
+        return None
+    a_DxD = inverse_DxD @ (x_NxD.T @ y_NxD)  # its relative error is about 1e-16 times the condition
+    if condition > 1e4:
+        a_DxD += inverse_DxD @ (x_NxD.T @ (y_NxD - x_NxD @ a_DxD))
+    return a_DxD
 
 
 def _compress(x_NxD: Tensor, y_NxD: Tensor) -> tuple[Tensor, Tensor]:

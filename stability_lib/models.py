@@ -32,16 +32,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.gain = config.residual_gain
         self.norm_after = normalises_after(config)
+        self.gates = [1 / math.sqrt(2 * config.n_layers) if config.residual == "scaled" else 1.0] * 2
+        if config.residual == "rezero":
+            self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(2))
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
-        x_BxTxD = self._add(x_BxTxD, self.attention_norm, self.attention)
-        return self._add(x_BxTxD, self.mlp_norm, self.mlp)
+        x_BxTxD = self._add(x_BxTxD, self.attention_norm, self.attention, self.gates[0])
+        return self._add(x_BxTxD, self.mlp_norm, self.mlp, self.gates[1])
 
-    def _add(self, x_BxTxD: Tensor, norm: nn.Module, sublayer: nn.Module) -> Tensor:
+    def _add(self, x_BxTxD: Tensor, norm: nn.Module, sublayer: nn.Module, gate: float | Tensor) -> Tensor:
         kept = x_BxTxD if self.gain == 1 else self.gain * x_BxTxD
-        if self.norm_after:
-            return norm(kept + sublayer(x_BxTxD))
-        return kept + sublayer(norm(x_BxTxD))
+        added = sublayer(x_BxTxD if self.norm_after else norm(x_BxTxD))
+        total = kept + (added if isinstance(gate, float) and gate == 1 else gate * added)
+        return norm(total) if self.norm_after else total
 
 
 def normalises_after(config: RunConfig) -> bool:
@@ -75,17 +78,22 @@ class Decoder(nn.Module):
     def named_weights(self, read: Callable[[Tensor], Tensor] = lambda weight: weight) -> dict[str, Tensor]:
         """The weight matrices by layer name, query, key and value projections apart.
 
-        `read` turns each parameter into what is wanted of it, for example its gradient.
+        `read` turns each parameter into what is wanted of it, for example its gradient. Of a reparametrized layer it is
+        the trained matrix: under weight norm the one that gives the directions.
         """
+        def matrix(linear: nn.Linear) -> Tensor:
+            wrapped = getattr(linear, "parametrizations", None)
+            return read(linear.weight if wrapped is None else [*wrapped.weight.parameters()][-1])
+
         found = {"embed": read(self.embed.weight)}
         if self.positions is not None:
             found["positions"] = read(self.positions.weight)
         for i, block in enumerate(self.blocks):
             found |= {f"block{i}.{part}": rows
-                      for part, rows in zip("qkv", read(block.attention.qkv.weight).chunk(3), strict=True)}
-            found[f"block{i}.out"] = read(block.attention.out.weight)
-            found[f"block{i}.mlp_up"] = read(block.mlp.up.weight)
-            found[f"block{i}.mlp_down"] = read(block.mlp.down.weight)
+                      for part, rows in zip("qkv", matrix(block.attention.qkv).chunk(3), strict=True)}
+            found[f"block{i}.out"] = matrix(block.attention.out)
+            found[f"block{i}.mlp_up"] = matrix(block.mlp.up)
+            found[f"block{i}.mlp_down"] = matrix(block.mlp.down)
         return found | {"head": read(self.head.weight)}
 
 
@@ -128,6 +136,15 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
         if config.parametrization == "mup_full":
             for block in model.blocks:
                 block.attention.qkv.weight[: config.d_model].zero_()
+    if config.reparametrization == "weight_norm" and config.parametrization == "mup_full":
+        raise ValueError("weight_norm trains directions, and the zero queries of mup_full have none: choose "
+                         "parametrization 'mup_intermediate'")
+    if config.reparametrization != "none":
+        wrap = getattr(nn.utils.parametrizations, config.reparametrization)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            for module in [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]:
+                wrap(module)
     return model
 
 

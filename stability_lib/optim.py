@@ -24,8 +24,9 @@ def lr_multipliers(model: nn.Module, config: RunConfig) -> dict[str, float]:
     Source: paper P, Sec. 3.2.4. Every fan-in is a multiple of d_model, so the ratio is base_width / d_model.
     """
     scaled = 1.0 if config.parametrization == "standard" else config.base_width / config.d_model
-    linear = {f"{name}.weight" for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and name != "embed"}  # the fan-in of an image's patches does not grow
+    linear = {f"{name}.{weight}" for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and name != "embed"  # the fan-in of an image's patches does not grow
+              for weight in ("weight", "parametrizations.weight.original", "parametrizations.weight.original1")}
     return {name: scaled if name in linear else 1.0 for name, _ in model.named_parameters()}
 
 
@@ -44,15 +45,21 @@ def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         peak = config.lr * multiplier
         decay = config.weight_decay / (peak if config.decay == "independent" else 1)
         settings.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
-    if config.optimizer != "adamw":
+    betas = dict(betas=(config.beta1, config.beta2))
+    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
+    kind, options = torch.optim.AdamW, betas | dict(eps=config.eps, fused=fused)
+    if config.optimizer != "adamw" or config.sam_rho:
         import pytorch_optimizer  # takes seconds to import
 
         if config.optimizer == "lion":
-            return pytorch_optimizer.Lion(settings, betas=(config.beta1, config.beta2))
-        # adam_debias: without it steps are divided by 1 - beta1^t after the trust ratio, the first one tenfold too long
-        return pytorch_optimizer.Lamb(settings, betas=(config.beta1, config.beta2), eps=config.eps, adam_debias=True)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+            kind, options = pytorch_optimizer.Lion, betas
+        elif config.optimizer == "lamb":
+            # adam_debias: without it steps are divided by 1 - beta1^t after the trust ratio, the first one tenfold too
+            # long
+            kind, options = pytorch_optimizer.Lamb, betas | dict(eps=config.eps, adam_debias=True)
+        if config.sam_rho:
+            return pytorch_optimizer.SAM(settings, kind, rho=config.sam_rho, **options)
+    return kind(settings, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -46,7 +46,7 @@ def watch_pattern(model: nn.Module, block: int = 0, head: int = 0) -> Iterator[l
     @torch.no_grad()
     def hook(core, inputs, output):
         q, k, _ = (x[:1, head:head + 1] for x in inputs)
-        with _full_precision(q.device.type):
+        with full_precision(q.device.type):
             patterns.append(core.weights(core.logits(q.float(), k.float()))[0, 0])
 
     handle = model.blocks[block].attention.core.register_forward_hook(hook)
@@ -90,7 +90,7 @@ def _read_attention(readings: Readings, block: str):
     @torch.no_grad()
     def hook(core, inputs, output):
         q, k = inputs[0].detach().float(), inputs[1].detach().float()
-        with _full_precision(q.device.type):
+        with full_precision(q.device.type):
             z_BxHxTxT = core.logits(q, k)
         visible_TxT = core.visible(z_BxHxTxT)
         q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
@@ -113,7 +113,7 @@ def _read_attention(readings: Readings, block: str):
     return hook
 
 
-def _full_precision(device_type: str):
+def full_precision(device_type: str):
     """Autocast off: inside the forward pass of a bf16 run it would round the product of fp32 tensors to bf16."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()

@@ -32,10 +32,12 @@ from tqdm.auto import tqdm
 
 from . import __version__, data, models
 from .config import SCHEMA, RunConfig, from_dict, non_default, replace, run_key
-from .train import RunResult, resolve_device, train_run
+from .train import SPECTRA, RunResult, resolve_device, train_run
 
+DENSE = {"loss", "gradient_norm", "penalty", "skipped_layers"}
+"""Curves recorded at every step."""
 CURVE_POINTS = 100
-"""Curves recorded at every step are thinned to about this many points in the store."""
+"""Those are thinned to about this many points in the store."""
 MIN_FREE_BYTES = 20_000_000
 HEADLESS = "STABILITY_LIB_HEADLESS"
 """Set to 1 (the batch runner does) to silence progress bars."""
@@ -197,7 +199,7 @@ def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
     Raises `KeyError` that lists what was recorded where no run has the quantity.
     """
-    steps = "step" if quantity in ("loss", "gradient_norm") else "probe_step"
+    steps = "step" if quantity in DENSE else "spectra_step" if quantity in SPECTRA else "probe_step"
     have = runs[[quantity in curves for curves in runs["curves"]]]
     if have.empty:
         recorded = sorted({name.split("/")[0] for curves in runs["curves"] for name in curves if "step" not in name})
@@ -370,7 +372,7 @@ def to_row(result: RunResult, device: str) -> dict:
     every = max(1, math.ceil(len(result.curves["step"]) / CURVE_POINTS))
     last = len(result.curves["step"]) - 1
     keep = sorted({*range(0, last + 1, every), last})
-    dense = ("step", "loss", "gradient_norm")
+    dense = DENSE | {"step"}
     curves = {name: [_rounded(values[i]) for i in keep] if name in dense else [_rounded(v) for v in values]
               for name, values in result.curves.items()}
     finite = lambda value: value if math.isfinite(value) else None  # noqa: E731

@@ -154,6 +154,113 @@ def divergence_sweep(scale: str) -> list[RunConfig]:
                 seed=[42] if scale == "quick" else [42, 123, 456])
 
 
+_CONTROL = {
+    "quick": dict(d_model=64, n_layers=4, seq_len=16, batch_size=16, steps=120, warmup_steps=50, eval_sequences=128),
+    "cpu": dict(d_model=64, n_layers=4, seq_len=16, steps=300, warmup_steps=100),
+    "gpu": dict(d_model=128, n_layers=4, seq_len=64, steps=1000, warmup_steps=100),
+    "paper": dict(d_model=256, n_layers=6, seq_len=64, steps=10_000, warmup_steps=1000),
+}
+"""Models without norms on associative recall, in which divergence is to be prevented (paper K, Sec. 3.3, Table 3)."""
+_EVERY_STEP = dict(shaping="kss", shaping_every=1, shaping_alpha=5.0)
+"""KSS at a dose that does something here: paper K's is 0.15 at every tenth step."""
+PENALTY_ALPHAS = dict(near_unit=290.0, random_l2=1160.0, residual_norm=1200.0, activation_variance=3600.0,
+                      jacobian=235.0)
+"""alpha at which a penalty's gradient at initialization is as large as that of KSS at alpha 5 (`_CONTROL`, cpu)."""
+
+
+def _control(scale: str, **changes) -> RunConfig:
+    settings = _RECALL | _CONTROL[check_scale(scale)] | dict(norm="no_norm")
+    return RunConfig(**settings | dict(spectra_every=settings["steps"] // 6) | changes)
+
+
+def _control_lrs(scale: str) -> list[float]:
+    """Within paper K's range, LR 0.005 to 0.01; higher ones where a run is too short to diverge there."""
+    return [8e-3, 1e-2, 1.2e-2] if scale == "quick" else [5e-3, 5.5e-3, 6.1e-3, 6.7e-3, 7.4e-3, 8.2e-3, 9.1e-3, 1e-2]
+
+
+def _control_seeds(scale: str) -> list[int]:
+    return [42, 123] if scale == "quick" else [42, 123, 456]
+
+
+def kss_divergence(scale: str) -> list[RunConfig]:
+    """Chapters 05 and 10: divergence without control, with clipping, with KSS at paper K's doses and applied at every
+    step; 24 runs each (paper K, Table 3, Fig. 2)."""
+    at_paper = [dict(shaping="kss", shaping_alpha=alpha) for alpha in (0.10, 0.15, 0.20)]
+    at_every_step = [_EVERY_STEP | dict(shaping_alpha=alpha) for alpha in (0.15, 1.5, 5.0)]
+    arms = [{}, dict(clip_norm=0.5), dict(clip_norm=1.0), *at_paper, *at_every_step]
+    if scale == "quick":
+        arms = [{}, dict(clip_norm=1.0), at_paper[1], at_every_step[2]]
+    return grid(_control(scale), arm=arms, lr=_control_lrs(scale), seed=_control_seeds(scale))
+
+
+def kss_dose(scale: str) -> list[RunConfig]:
+    """Chapter 05: divergence against alpha and how often KSS is applied, beside what `kss_divergence` has of it."""
+    alphas, everies = ([0.15, 5.0], [1, 10]) if scale == "quick" else ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10])
+    cells = grid(_control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies,
+                 lr=_control_lrs(scale)[3::2] or _control_lrs(scale)[-1:], seed=_control_seeds(scale)[:2])
+    return [config for config in cells if config not in kss_divergence(scale)]
+
+
+def kss_readings(scale: str) -> list[RunConfig]:
+    """Chapter 05: KSS at every step under other readings of the paper's text, at two alphas."""
+    readings = [dict(shaping_dmd="random"), dict(shaping_dmd="whitened"), dict(shaping_gradient="input"),
+                dict(shaping_gradient="output"), dict(shaping_reduction="mean"), dict(shaping_beta=10.0)]
+    if scale == "quick":
+        readings = readings[1:3]
+    return grid(_control(scale, **_EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale == "quick":],
+                lr=_control_lrs(scale)[3::2] or _control_lrs(scale)[-1:], seed=_control_seeds(scale)[:2])
+
+
+def kss_ablations(scale: str) -> list[RunConfig]:
+    """Chapter 05: one term of KSS alone, and other penalties on the same states, each at alpha 5 and at an alpha that
+    gives the same gradient at initialization (paper K, Table 6)."""
+    arms = [dict(shaping="unstable"), *(dict(shaping=name, shaping_alpha=alpha) for name, matched in
+                                        PENALTY_ALPHAS.items() for alpha in (5.0, matched))]
+    if scale == "quick":
+        arms = [dict(shaping="unstable"), dict(shaping="residual_norm", shaping_alpha=1200.0)]
+    return grid(_control(scale, **_EVERY_STEP), arm=arms, lr=_control_lrs(scale)[1::2], seed=_control_seeds(scale))
+
+
+def kss_learning(scale: str) -> list[RunConfig]:
+    """Chapter 05: what prevention costs where recall is learned, with larger initial weights, fewer symbols, longer."""
+    setting = _control(scale, n_layers=2, init="fan_in", vocab_size=32, seq_len=12)
+    arms, lrs = [{}, dict(clip_norm=1.0), dict(shaping="kss"), _EVERY_STEP], [1.5e-3, 3e-3, 6e-3, 1.2e-2]
+    if scale == "quick":
+        return grid(setting, arm=[{}, _EVERY_STEP], lr=[6e-3], seed=_control_seeds(scale))
+    steps = max(1500, setting.steps)
+    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=lrs, seed=_control_seeds(scale))
+
+
+def kss_baselines(scale: str) -> list[RunConfig]:
+    """Chapter 10: paper K's baselines with and without KSS, and plain remedies, at the learning rates of
+    `kss_divergence` and at a lower and a higher one (paper K, Tables 4, 13, 14)."""
+    sam, width = dict(sam_rho=0.1), _CONTROL[check_scale(scale)]["d_model"]
+    mup = dict(parametrization="mup_full", base_width=width // 4)
+    controls = [dict(reparametrization="spectral_norm"), dict(reparametrization="weight_norm"),
+                dict(gradient_penalty=0.1), sam, dict(optimizer="lion"), dict(optimizer="lamb"), mup]
+    remedies = [dict(sam_rho=0.05), dict(clip_norm=1.0), dict(warmup_steps=2 * _CONTROL[scale]["warmup_steps"]),
+                dict(qk_norm="head"), dict(residual="scaled"), dict(residual="rezero"), dict(norm="pre_ln")]
+    arms = [*controls, *(arm | _EVERY_STEP for arm in controls), *remedies]
+    lrs = _control_lrs(scale)[1::2]
+    if scale == "quick":
+        return grid(_control(scale), arm=[sam, sam | _EVERY_STEP, dict(optimizer="lion"), dict(residual="scaled")],
+                    lr=lrs, seed=_control_seeds(scale))
+    plain = grid(_control(scale), arm=[{}, _EVERY_STEP], lr=[1e-3, 3e-2], seed=_control_seeds(scale))
+    return [*plain, *grid(_control(scale), arm=arms, lr=[1e-3, *lrs, 3e-2], seed=_control_seeds(scale)),
+            *grid(_control(scale, optimizer="lion"), arm=[{}, _EVERY_STEP], lr=[1e-4], seed=_control_seeds(scale))]
+
+
+def kss_largest_stable_lr(scale: str) -> list[RunConfig]:
+    """Chapter 10: divergence against learning rate for three norms without and with KSS (paper K, Table 5)."""
+    arms = [{}, _EVERY_STEP]
+    if scale == "quick":
+        return grid(_control(scale), arm=arms, lr=[5e-3, 1e-2, 2e-2, 4e-2], seed=_control_seeds(scale))
+    without = grid(_control(scale), arm=arms, lr=[2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 2.8e-2, 4e-2, 8e-2],
+                   seed=range(5))
+    return [*without, *grid(_control(scale), norm=["pre_ln", "rmsnorm"], arm=arms,
+                            lr=[0.1, 0.2, 0.4, 0.8, 1.6, 3.2], seed=range(5))]
+
+
 def _two_sizes(scale: str) -> list[dict]:
     return {"quick": [size(32, 2)], "cpu": [size(32, 2), size(64, 3)]}.get(scale, _SIZES[scale][:3])
 
@@ -266,8 +373,9 @@ def _high_lrs(scale: str) -> tuple[float, ...]:
 
 STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
     first_look, attention_logit_growth, attention_patterns, output_logit_floor, output_logit_harm, mu_parametrization,
-    divergence_sweep, warm_up, weight_decay, steps_and_batch, other_optimizers, digits, width_and_depth,
-    logit_growth_by_size, logit_growth_near_failure, logit_transplant, adam_epsilon)}
+    divergence_sweep, kss_divergence, kss_dose, kss_readings, kss_ablations, kss_learning, warm_up, weight_decay,
+    steps_and_batch, other_optimizers, digits, width_and_depth, logit_growth_by_size, logit_growth_near_failure,
+    logit_transplant, adam_epsilon, kss_baselines, kss_largest_stable_lr)}
 
 CHAPTERS = {
     "00_start_here": ("first_look",),
@@ -275,11 +383,13 @@ CHAPTERS = {
     "02_zloss": ("output_logit_floor", "output_logit_harm"),
     "03_muparam_lr_sensitivity": ("mu_parametrization",),
     "04_rksp_auroc": ("divergence_sweep",),
+    "05_kss_divergence": ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning"),
     "06_warmup_and_weight_decay": ("warm_up", "weight_decay", "steps_and_batch", "other_optimizers", "digits"),
     "07_width_vs_depth": ("width_and_depth",),
     "08_predicting_logit_growth": ("attention_logit_growth", "logit_growth_by_size", "logit_growth_near_failure",
                                    "logit_transplant"),
     "09_gradient_scale_and_adam_eps": ("attention_logit_growth", "adam_epsilon"),
+    "10_kss_baselines": ("kss_divergence", "kss_baselines", "kss_largest_stable_lr"),
 }
 """Which studies a notebook uses."""
 

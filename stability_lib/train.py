@@ -13,11 +13,14 @@ from collections import defaultdict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data, models, optim, probes
+from . import data, koopman, models, optim, probes, shaping
 from .config import RunConfig, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SPECTRA = ("near_unit_mass", "expansive_mass", "spectral_radius", "update_size")
+"""What is kept of a spectral profile taken during training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class RunResult:
     (`steps` where only the final validation showed it). `loss_init` and `loss_final` are cross-entropies in nats per
     token on the fixed validation set (`loss_final` is NaN where the loss was not finite), `accuracy_final` the share
     of tokens predicted right there. `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm`
-    (before clipping) at every step, and, at each of `probe_step`, all readings of `probes`. `patterns` holds the
+    (before clipping) at every step, of shaped runs also `penalty` and `skipped_layers` (so far), at each of
+    `probe_step` all readings of `probes`, and at each of `spectra_step` those of `SPECTRA`. `patterns` holds the
     attention maps asked for, one [T][T] list each, taken at `pattern_step`.
     """
 
@@ -73,7 +77,7 @@ def scored(config: RunConfig, logits_BxTxV: Tensor, sequences: Tensor) -> tuple[
 def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) -> tuple[float, float]:
     """Cross-entropy in nats per token and the share of tokens predicted right, on validation `windows` [n, T + 1]."""
     total, right = 0.0, 0.0
-    with torch.no_grad():
+    with torch.no_grad(), _eval_mode(model):
         for chunk in windows.split(config.batch_size):
             chunk = chunk.to(device)
             with autocast(config, device):
@@ -114,13 +118,33 @@ def _train(config: RunConfig, device: str) -> RunResult:
     started = time.perf_counter()
     vocab, windows = data.vocab_size(config), data.validation(config)
     model = models.build(config, vocab).to(device)
-    optimizer = optim.build(model, config)
+    optimizer, kss = optim.build(model, config), shaping.attach(model, config)
     batch_order = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0]))
     to_probe = set(probes.probe_steps(config.steps, config.probe_every))
+    to_profile = set(probes.probe_steps(config.steps, config.spectra_every))
     to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
 
     loss_init, _ = evaluate(model, windows, config, device)
     curves, patterns, stop_step, reason = defaultdict(list), [], None, None
+
+    def forward(batch: Tensor) -> Tensor:
+        with autocast(config, device), _attention_kernel(config):
+            return model(batch[:, :-1])
+
+    def losses(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The task loss on a batch, what is minimised, and the part of it that shapes the layers."""
+        loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
+        if config.gradient_penalty:
+            gradients = torch.autograd.grad(objective, [*model.parameters()], create_graph=True)
+            objective = objective + config.gradient_penalty * sum(g.square().sum() for g in gradients)
+        penalty = kss.penalty() if kss else torch.zeros(())
+        return loss, objective + penalty if kss else objective, penalty
+
+    def climb(batch: Tensor) -> None:
+        """The gradient at SAM's second point, clipped as the first."""
+        losses(forward(batch), batch)[1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+
     for step in range(config.steps):
         batch = data.sample(config, batch_order).to(device)
         if step in to_map:
@@ -128,10 +152,11 @@ def _train(config: RunConfig, device: str) -> RunResult:
             curves["pattern_step"].append(step)
         optim.set_lr(optimizer, optim.schedule(config, step))
         probe = step in to_probe
+        if step in to_profile:
+            _read_spectra(curves, step, model, batch)
         with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
-            with autocast(config, device):
-                logits = model(batch[:, :-1])
-            loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
+            logits = forward(batch)
+        loss, objective, penalty = losses(logits, batch)
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         if probe:
@@ -140,12 +165,17 @@ def _train(config: RunConfig, device: str) -> RunResult:
         loss, norm = torch.stack([loss.detach(), norm.float()]).tolist()
         for name, value in (("step", step), ("loss", loss), ("gradient_norm", norm)):
             curves[name].append(value)
+        if kss:
+            curves["penalty"].append(float(penalty.detach()))
+            curves["skipped_layers"].append(kss.skipped)
         reason = _blow_up(config, loss, norm)
         if reason:
             stop_step = step
             break
         with probes.updates(model) if probe else contextlib.nullcontext({}) as moved:
-            optimizer.step()
+            optimizer.step(*([lambda batch=batch: climb(batch)] if config.sam_rho else []))
+        if kss:
+            kss.step()
         if probe:
             curves["probe_step"].append(step)
             for name, value in probes.fetch(readings | moved).items():
@@ -169,7 +199,33 @@ def _blow_up(config: RunConfig, loss: float, gradient_norm: float) -> str | None
     return None
 
 
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module):
+    """Looking must not change the run: in training mode each pass moves the vectors of spectral_norm."""
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
+def _attention_kernel(config: RunConfig):
+    """Fused attention, but where the gradient itself is differentiated."""
+    return sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
+
+
+def _read_spectra(curves: dict[str, list], step: int, model: nn.Module, batch: Tensor) -> None:
+    """Means over layers of the profile's metrics on a batch; NaN where its states cannot be profiled."""
+    try:
+        means = koopman.profile(model, batch[:, :-1], kreiss=False).summary()["mean"]
+    except koopman.ProfileError:
+        means = defaultdict(lambda: math.nan)
+    curves["spectra_step"].append(step)
+    for metric in SPECTRA:
+        curves[metric].append(float(means[metric]))
+
+
 def _pattern(model: nn.Module, tokens_1xT: Tensor, config: RunConfig, device: str) -> list[list[float]]:
-    with probes.watch_pattern(model) as patterns, torch.no_grad(), autocast(config, device):
+    with probes.watch_pattern(model) as patterns, torch.no_grad(), _eval_mode(model), autocast(config, device):
         model(tokens_1xT)
     return patterns[0].tolist()

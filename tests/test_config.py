@@ -19,7 +19,10 @@ DEFAULTS = {
     "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-4, "decay": "independent", "clip_norm": 1.0,
     "z_loss": 1e-4, "precision": "fp32", "diverge_loss": None, "diverge_grad_norm": None, "probe_every": 20,
     "attention_maps": 0, "norm": "pre_ln", "positions": "rotary", "biases": False, "init": "fan_in", "recall_pairs": 4,
-    "tokenizer": "bytes", "patch_size": 2, "optimizer": "adamw",
+    "tokenizer": "bytes", "patch_size": 2, "optimizer": "adamw", "residual": "plain", "reparametrization": "none",
+    "gradient_penalty": 0.0, "sam_rho": 0.0, "shaping": "none", "shaping_alpha": 0.15, "shaping_every": 10,
+    "shaping_beta": 1.0, "shaping_dmd": "pod", "shaping_gradient": "both", "shaping_reduction": "sum",
+    "spectra_every": 0,
 }
 """Stored keys leave defaults out, so a changed default would give old results to another computation."""
 
@@ -31,7 +34,10 @@ OTHER = {
     "beta1": 0.0, "beta2": 0.99, "eps": 1e-15, "weight_decay": 0.1, "decay": "pytorch", "clip_norm": None,
     "z_loss": 0.0, "precision": "bf16", "diverge_loss": 20.0, "diverge_grad_norm": 1e3, "probe_every": 1,
     "attention_maps": 8, "norm": "no_norm", "positions": "learned", "biases": True, "init": "gpt2", "recall_pairs": 2,
-    "tokenizer": "bpe", "patch_size": 4, "optimizer": "lion",
+    "tokenizer": "bpe", "patch_size": 4, "optimizer": "lion", "residual": "rezero",
+    "reparametrization": "weight_norm", "gradient_penalty": 0.1, "sam_rho": 0.05, "shaping": "kss",
+    "shaping_alpha": 5.0, "shaping_every": 1, "shaping_beta": 10.0, "shaping_dmd": "random",
+    "shaping_gradient": "input", "shaping_reduction": "mean", "spectra_every": 5,
 }
 
 

@@ -77,6 +77,16 @@ def test_eigenvalues_are_pydmds(width, n):
         assert len(ours) == min(width, n - 1) and nearest.max() < 1e-10
 
 
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4])
+def test_eigenvalues_are_pydmds_however_unequal_the_directions(condition):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(500, 64)) * np.geomspace(1, 1 / condition, 64) @ np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    x -= x.mean(0)
+    y = x @ (np.eye(64) + rng.normal(size=(64, 64)) / 9) + 0.1 * rng.permutation(x)
+    peer = DMD(svd_rank=-1).fit(x.T, (y - y.mean(0)).T).eigs
+    assert np.abs(np.subtract.outer(koopman.eigenvalues(x, y), peer)).min(1).max() < 1e-10
+
+
 TURN = np.array([[math.cos(0.7), -math.sin(0.7)], [math.sin(0.7), math.cos(0.7)]])
 
 

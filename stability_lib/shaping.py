@@ -1,0 +1,307 @@
+"""Koopman Spectral Shaping (KSS): a penalty on the spectra of a model's layers, for any training loop.
+
+Paper K (Sec. 3.3, eqs. 14, 15) adds alpha times the mean of L_KSS over a sampled half of the layers to the task loss.
+The eigenvalues are those of an operator of rank R fitted to a layer's input and output states, as in `koopman`. In use:
+
+    with KSS(model, Settings(alpha=5, every=1)) as kss:
+        for batch in batches:
+            loss = task_loss(model, batch) + kss.penalty()
+            loss.backward()
+            optimizer.step()
+            kss.step()
+
+The penalties of paper K's Table 6 act on the same states in the same way. `trainer_callback` is for the Trainer of
+Hugging Face.
+
+Dimensions: B batch, T position, D model, N snapshots (token states), R rank.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import CHOICES, RunConfig, unknown
+from .koopman import residual_layers, stream_states
+from .probes import full_precision
+
+ROUNDING = 1e-6
+"""Directions of X smaller than this, relative to its largest, are taken for rounding."""
+LARGE = 1e15
+"""States of a larger norm are skipped: products of their squares leave the range of fp32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to shape. The defaults are paper K's; `beta`, `dmd`, `gradient`, `eps` and `condition_max`, which it leaves
+    open, and `gamma`, for which it gives a range, are ours.
+
+    `penalty`: `kss` is L_KSS, `unstable` and `near_unit` one of its terms each; `random_l2`, the mean square of a
+    random projection of Y - X; `residual_norm` and `activation_variance`, the mean square and the variance of Y;
+    `jacobian`, the mean square of a layer's Jacobian times a random vector, by a finite difference.
+    `alpha`: its weight. `every`: steps from one application to the next. `layer_share`: of the layers, drawn anew at
+    each application. `snapshots`: at most so many token states of a layer (None: all). `rank`: R. `temperature`,
+    `tau_u`, `tau_l`, `gamma`, `beta`: as in eq. 14. `dmd`: the R directions in which the operator is fitted, held fixed
+    in the gradient: `pod`, the largest of X, `random` ones, or `whitened`, random ones after whitening. `gradient`:
+    what it reaches, a layer's `input` states, its `output` states or `both`. `reduction`: whether the term of unstable
+    modes is their `sum`, as in eq. 14, or `mean`. `eps`: added to the covariance under `whitened`. `condition_max`:
+    layers whose eigenvectors have a larger condition number (Frobenius) are skipped. `seed`: of all random numbers
+    drawn here; no others are touched.
+    """
+
+    penalty: str = "kss"
+    alpha: float = 0.15
+    every: int = 10
+    layer_share: float = 0.5
+    snapshots: int | None = 2048
+    rank: int = 32
+    temperature: float = 20.0
+    tau_u: float = 1.05
+    tau_l: float = 0.90
+    gamma: float = 0.4
+    beta: float = 1.0
+    dmd: str = "pod"
+    gradient: str = "both"
+    reduction: str = "sum"
+    eps: float = 1e-5
+    condition_max: float = 1e6
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, field in (("penalty", "shaping"), ("dmd", "shaping_dmd"), ("gradient", "shaping_gradient"),
+                            ("reduction", "shaping_reduction")):
+            known = [choice for choice in CHOICES[field] if choice != "none"]
+            if getattr(self, name) not in known:
+                raise ValueError(unknown(name, getattr(self, name), known))
+        for name, least in (("every", 1), ("rank", 1), ("snapshots", 2), ("alpha", 0.0), ("beta", 0.0), ("eps", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not (value >= least and math.isfinite(value)):
+                raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        if not 0 < self.layer_share <= 1:
+            raise ValueError(f"layer_share must be above 0 and at most 1, got {self.layer_share}")
+
+
+class KSS:
+    """Watches the layers of `model` and offers the penalty on their spectra.
+
+    `layers` as in `koopman.residual_layers`. In each forward pass in training mode with gradients, if the step is due,
+    the states of the drawn layers are kept until `penalty`; of several passes in between, the last counts. `applied`
+    and `skipped` count layers; a layer is skipped where its states are not finite or its operator or eigenvectors are
+    too ill-conditioned for a gradient, so that none of them can bring a NaN into the parameters.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings | None = None, *,
+                 layers: str | Sequence[nn.Module] | None = None):
+        self.settings = settings or Settings()
+        self.steps = self.applied = self.skipped = 0
+        self._layers = list(dict.fromkeys(residual_layers(model, layers)))
+        self._generator = torch.Generator().manual_seed(self.settings.seed)
+        self._states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._draw()
+        self._hooks = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self._layers]
+
+    def __enter__(self) -> "KSS":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    @property
+    def due(self) -> bool:
+        return self.steps % self.settings.every == 0
+
+    def penalty(self) -> Tensor:
+        """alpha times the mean penalty of the drawn layers since the last call, a scalar; 0 where none is due.
+
+        With gradient accumulation, add it to each micro-batch's loss and scale both alike. Raises `RuntimeError` where
+        it is due and no forward pass in training mode came before it.
+        """
+        states, self._states = self._states, {}
+        self._draw()
+        if not self.due or not self.settings.alpha:
+            return torch.zeros(())
+        if not states:
+            raise RuntimeError("no states were seen since the last penalty: call it after a forward pass in training "
+                               "mode with gradients, and kss.step() once after each optimizer.step()")
+        values = []
+        for layer, (x, y) in states.items():
+            with full_precision(x.device.type):
+                value = self._measure(layer, x, y)
+            if value is None or not bool(value.isfinite()):
+                self.skipped += 1
+            else:
+                values.append(value)
+        self.applied += len(values)
+        return self.settings.alpha * torch.stack(values).mean() if values else torch.zeros(())
+
+    def step(self) -> None:
+        """Call once after each `optimizer.step()`."""
+        self.steps += 1
+        self._states.clear()
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._states.clear()
+
+    def _draw(self) -> None:
+        """Choose the layers that the next forward pass keeps: the nearest whole number to `layer_share` of them."""
+        n = max(1, round(self.settings.layer_share * len(self._layers)))
+        order = torch.randperm(len(self._layers), generator=self._generator).tolist()
+        self._drawn = {self._layers[i] for i in order[:n]}
+
+    def _keep(self, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        if self.due and layer in self._drawn and layer.training and torch.is_grad_enabled():
+            output = tuple(output.values()) if isinstance(output, Mapping) else output
+            x = stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
+            y = stream_states(output if isinstance(output, (tuple, list)) else (output,))
+            if x is None or y is None or x.shape != y.shape:
+                raise ValueError(f"{type(layer).__name__} does not map states [..., D] to states of the same shape: "
+                                 "name layers that do with layers=")
+            self._states[layer] = x, y
+
+    def _random(self, *shape: int, like: Tensor) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(like)
+
+    def _measure(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """The penalty on one layer's states; None where it cannot be had."""
+        if self.settings.penalty == "jacobian":
+            return self._jacobian(layer, x)
+        x_NxD, y_NxD = x.flatten(0, -2), y.flatten(0, -2)
+        if self.settings.snapshots is not None and len(x_NxD) > self.settings.snapshots:
+            rows = torch.randperm(len(x_NxD), generator=self._generator)[: self.settings.snapshots].to(x.device)
+            x_NxD, y_NxD = x_NxD[rows], y_NxD[rows]
+        x_NxD, y_NxD = (s if s.dtype == torch.float64 else s.float() for s in (x_NxD, y_NxD))
+        if self.settings.gradient != "both":
+            x_NxD, y_NxD = ((x_NxD, y_NxD.detach()) if self.settings.gradient == "input" else (x_NxD.detach(), y_NxD))
+        if not float(x_NxD.detach().norm() + y_NxD.detach().norm()) < LARGE:
+            return None
+        if self.settings.penalty == "residual_norm":
+            return y_NxD.square().mean()
+        if self.settings.penalty == "activation_variance":
+            return y_NxD.var(0).mean()
+        if self.settings.penalty == "random_l2":
+            return ((y_NxD - x_NxD) @ self._random(x.shape[-1], self.settings.rank, like=x_NxD)).square().mean()
+        values = eigenvalues(x_NxD, y_NxD, directions(x_NxD, self.settings, self._generator),
+                             self.settings.condition_max)
+        return None if values is None else spectrum_penalty(values, self.settings).to(x_NxD)
+
+    def _jacobian(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Both passes here, as under autocast the rounding of y exceeds the difference."""
+        size = 1e-2 * x.detach().square().mean().sqrt()
+        found = (layer.forward(states) for states in (x, x + size * self._random(*x.shape, like=x)))
+        y, moved = (stream_states(output if isinstance(output, (tuple, list)) else (output,)) for output in found)
+        return ((moved - y) / size).square().mean()
+
+
+def spectrum_penalty(eigenvalues: Tensor, settings: Settings) -> Tensor:
+    """L_KSS (eq. 14) of complex eigenvalues [R], or the one of its terms that `settings.penalty` names: a scalar.
+
+    The sum over modes of sigmoid(T (|l| - tau_u)) softplus(|l| - tau_u)^2, plus beta (m - gamma)^2 with the soft
+    near-unit mass m = mean of sigmoid(T (|l| - tau_l)) sigmoid(T (tau_u - |l|)).
+    """
+    modulus, sharp = eigenvalues.abs(), settings.temperature
+    over = modulus - settings.tau_u
+    modes = (sharp * over).sigmoid() * F.softplus(over).square()
+    mass = ((sharp * (modulus - settings.tau_l)).sigmoid() * (-sharp * over).sigmoid()).mean()
+    terms = {"unstable": modes.sum() if settings.reduction == "sum" else modes.mean(),
+             "near_unit": settings.beta * (mass - settings.gamma).square()}
+    return terms.get(settings.penalty, sum(terms.values()))
+
+
+def eigenvalues(x_NxD: Tensor, y_NxD: Tensor, basis_DxR: Tensor, condition_max: float = 1e6) -> Tensor | None:
+    """Eigenvalues of the least-squares operator from X to Y within the span of a basis, complex [up to R] on the CPU,
+    in float64, differentiable in X and Y (the basis is held fixed); None where their gradient is ill-conditioned.
+
+    States are centred, and each direction is scaled to unit size, a similarity transform. The gradient of an
+    eigenvalue is the product of its left and right eigenvectors: well defined for complex pairs and for repeated
+    eigenvalues with full eigenvectors, unbounded where eigenvectors merge.
+    """
+    x_NxR, y_NxR = ((states - states.mean(0)) @ basis_DxR for states in (x_NxD, y_NxD))
+    if x_NxR.device.type == "mps":  # has no float64
+        x_NxR, y_NxR = x_NxR.cpu(), y_NxR.cpu()
+    x_NxR, y_NxR = x_NxR.double(), y_NxR.double()
+    size = x_NxR.detach().norm(dim=0)
+    kept = size > ROUNDING * size.max()
+    x_NxR, y_NxR = x_NxR[:, kept] / size[kept], y_NxR[:, kept] / size[kept]
+    gram_RxR, cross_RxR = (x_NxR.mT @ x_NxR).cpu(), (x_NxR.mT @ y_NxR).cpu()
+    inverse_RxR, singular = torch.linalg.inv_ex(gram_RxR.detach())
+    if (not len(gram_RxR) or singular or not bool(cross_RxR.isfinite().all())
+            or not float(gram_RxR.detach().norm() * inverse_RxR.norm()) < 1 / ROUNDING):
+        return None
+    values, vectors_RxR = torch.linalg.eig(torch.linalg.solve(gram_RxR, cross_RxR))
+    inverse_RxR, singular = torch.linalg.inv_ex(vectors_RxR.detach())
+    if singular or not float(vectors_RxR.detach().norm() * inverse_RxR.norm()) < condition_max:
+        return None
+    return values
+
+
+@torch.no_grad()
+def directions(x_NxD: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """The [D, R] directions in which the operator is fitted; all D of them where `rank` is no smaller."""
+    width, rank = x_NxD.shape[1], settings.rank
+    if rank >= width and settings.dmd != "pod":  # whose axes set directions apart that X does not have
+        return torch.eye(width, dtype=x_NxD.dtype, device=x_NxD.device)
+    extra = min(rank + 10, width) if settings.dmd == "pod" else rank
+    sketch = torch.randn(width, extra, generator=generator).to(x_NxD)
+    x_NxD = x_NxD - x_NxD.mean(0)
+    if settings.dmd == "random":
+        return torch.linalg.qr(sketch)[0]
+    if settings.dmd == "whitened":
+        covariance = x_NxD.mT @ x_NxD / (len(x_NxD) - 1)
+        variance, axes = torch.linalg.eigh(covariance)
+        return axes * (variance.clamp_min(0) + settings.eps).rsqrt() @ (axes.mT @ torch.linalg.qr(sketch)[0])
+    for _ in range(2):
+        sketch = torch.linalg.qr(x_NxD.mT @ (x_NxD @ sketch))[0]
+    projected = x_NxD @ sketch
+    return sketch @ torch.linalg.eigh(projected.mT @ projected)[1][:, -rank:]
+
+
+def attach(model: nn.Module, config: RunConfig) -> KSS | None:
+    """The penalty that a run's config asks for, drawn from its seed; None where it asks for none."""
+    if config.shaping == "none":
+        return None
+    names = ("alpha", "every", "beta", "dmd", "gradient", "reduction")
+    seed = int(np.random.SeedSequence([config.seed, 2]).generate_state(1)[0])  # not the numbers of weights or batches
+    return KSS(model, Settings(penalty=config.shaping, seed=seed,
+                               **{name: getattr(config, f"shaping_{name}") for name in names}))
+
+
+def trainer_callback(settings: Settings | None = None, layers: str | Sequence[nn.Module] | None = None):
+    """A callback that adds the penalty to the loss of a Hugging Face `Trainer`: `Trainer(..., callbacks=[
+    trainer_callback(Settings(alpha=5, every=1))])`. Its `kss` counts what was done.
+
+    The model must compute its own loss, from labels in its inputs.
+    """
+    from transformers import TrainerCallback  # takes seconds to import, and only its users have it
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            self.kss = KSS(model, settings, layers=layers)
+
+            def add(module, positional, named, output):
+                if not (module.training and torch.is_grad_enabled()):
+                    return
+                if not isinstance(output, Mapping) or output.get("loss") is None:
+                    raise ValueError("the model's output has no loss to add the penalty to: pass labels in the inputs, "
+                                     "and no label smoothing or compute_loss_func")
+                # a loss that the model divides by the items of all micro-batches is not divided again by their number
+                parts = args.gradient_accumulation_steps if named.get("num_items_in_batch") is not None else 1
+                output["loss"] = output["loss"] + self.kss.penalty() / parts
+
+            self.hook = model.register_forward_hook(add, with_kwargs=True)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.kss.step()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+            self.kss.detach()
+
+    return Callback()
+
