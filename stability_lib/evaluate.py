@@ -67,6 +67,14 @@ def proportion_difference(first: tuple[int, int], second: tuple[int, int]) -> Es
     return Estimate(gap, float(low), float(high), a.n + b.n)
 
 
+def divergence_rates(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Per group, in the order of first appearance, `diverged` of how many `runs`, their share `rate` and its exact
+    interval, `low` to `high`. Runs count as independent, as in paper K, though some share a seed or learning rate."""
+    counts = (runs["status"] != "ok").groupby([runs[name] for name in by], sort=False).agg(diverged="sum", runs="size")
+    shares = [proportion(int(row.diverged), int(row.runs)) for row in counts.itertuples()]
+    return counts.assign(rate=[s.value for s in shares], low=[s.low for s in shares], high=[s.high for s in shares])
+
+
 def capped_loss(runs: pd.DataFrame) -> pd.Series:
     """min(final loss, loss at init), the loss that enters LR sensitivity (paper P, Sec. 2.2); a diverged run counts
     as its loss at init. Raises `ValueError` where a run has no loss at init or a finished one no final loss."""

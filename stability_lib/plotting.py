@@ -232,6 +232,20 @@ def held_out_grid(ax: Axes, runs: pd.DataFrame, chance: str) -> Axes:
     return ax
 
 
+def rates(ax: Axes, table: pd.DataFrame, paper: pd.Series | None = None) -> Axes:
+    """Divergence rates of `evaluate.divergence_rates` with their intervals, one arm a line from the top down, and the
+    paper's rates, in percent by arm, as open diamonds."""
+    heights = np.arange(len(table))[::-1]
+    ax.hlines(heights, 100 * table["low"], 100 * table["high"], color="0.6", linewidth=2)
+    ax.scatter(100 * table["rate"], heights, color=sns.color_palette("deep")[0], zorder=3, label="here")
+    if paper is not None:
+        ax.scatter(paper.reindex(table.index), heights, marker="D", facecolors="none",
+                   edgecolors=sns.color_palette("deep")[3], zorder=3, label="paper K")
+        ax.legend(frameon=False, loc="lower right")
+    ax.set(yticks=heights, yticklabels=table.index, xlim=(-3, 103), xlabel="runs that diverge (%), 95% interval")
+    return ax
+
+
 def pattern(ax: Axes, weights: list[list[float]], title: str) -> Axes:
     """One attention pattern [query][key] as an image."""
     ax.imshow(np.asarray(weights), cmap="rocket_r", vmin=0, vmax=1, interpolation="nearest")

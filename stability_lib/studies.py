@@ -4,7 +4,9 @@ They stand here and not in the notebooks because five places need the same lists
 recomputed reference, the audit and the tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import pandas as pd
 
 from .config import CHOICES, RunConfig, grid, replace, unknown
 
@@ -180,6 +182,30 @@ def _control_lrs(scale: str) -> list[float]:
 
 def _control_seeds(scale: str) -> list[int]:
     return [42, 123] if scale == "quick" else [42, 123, 456]
+
+
+def control_name(run: Mapping) -> str:
+    """What a run of the grids below does against divergence, in words: `no control`, `clip 0.5`, `KSS 0.15 every 10`,
+    `SAM 0.1 + KSS 5`. `run` holds the fields of `RunConfig`, as a row of `ensure`'s table does."""
+    penalties = dict(kss="KSS", unstable="unstable term", near_unit="near-unit term", random_l2="random l2",
+                     residual_norm="stream norm", activation_variance="activation variance", jacobian="Jacobian")
+    fields = {**{name: getattr(RunConfig(), name) for name in CHOICES}, **run}
+    warm_ups = [_CONTROL[scale]["warmup_steps"] for scale in SCALES]
+    steps = [_CONTROL[scale]["steps"] for scale in SCALES]
+    names = [
+        {"lion": "Lion", "lamb": "LAMB"}.get(fields["optimizer"]),
+        {"spectral_norm": "spectral norm", "weight_norm": "weight norm"}.get(fields["reparametrization"]),
+        fields["gradient_penalty"] and f"gradient penalty {fields['gradient_penalty']:g}",
+        fields["sam_rho"] and f"SAM {fields['sam_rho']:g}",
+        fields["parametrization"] != "standard" and "muParam",
+        {"pre_ln": "Pre-LN", "rmsnorm": "RMSNorm"}.get(fields["norm"]),
+        fields["qk_norm"] != "none" and "qk-norm",
+        {"scaled": "residual scaling", "rezero": "ReZero"}.get(fields["residual"]),
+        fields["steps"] in steps and fields["warmup_steps"] not in warm_ups and "longer warm-up",
+        pd.notna(fields["clip_norm"]) and f"clip {fields['clip_norm']:g}",
+        fields["shaping"] != "none" and f"{penalties[fields['shaping']]} {fields['shaping_alpha']:g}"
+        + (f" every {fields['shaping_every']}" if fields["shaping_every"] > 1 else "")]
+    return " + ".join(name for name in names if name) or "no control"
 
 
 def kss_divergence(scale: str) -> list[RunConfig]:
