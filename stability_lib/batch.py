@@ -15,9 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
-import nbformat
 import pandas as pd
-import papermill
 import torch
 
 from . import __version__, runs, studies
@@ -78,6 +76,8 @@ def notebooks(names: Iterable[str] = ()) -> list[Path]:
 def check_parameters(path: Path, parameters: dict) -> None:
     """Hold parameters against the notebook's own: papermill would only warn about a name that is not there,
     and would pass any type. Raises `ValueError` (unknown name) or `TypeError`."""
+    import papermill  # papermill and nbformat take two seconds to import: not in every notebook's `Session`
+
     declared = papermill.inspect_notebook(str(path))
     for name, value in parameters.items():
         if name not in declared:
@@ -93,6 +93,8 @@ def reproduce(paths: list[Path], output: Path, parameters: dict, cell_timeout: i
 
     Every parameter is checked against every notebook before the first one runs.
     """
+    import papermill
+
     for path in paths:
         check_parameters(path, parameters)
     Session(**{name: value for name, value in parameters.items() if name in Session.__dataclass_fields__})
@@ -189,6 +191,8 @@ def readme_figure() -> bytes:
 
 def _harvest(path: Path) -> dict:
     """Title, verdict rows and (heading, PNG) figures of an executed notebook; nothing where it was not written."""
+    import nbformat
+
     title, heading, verdicts, figures = path.stem, "", [], []
     notebook = nbformat.read(path, as_version=4) if path.exists() else nbformat.v4.new_notebook()
     for cell in notebook.cells:

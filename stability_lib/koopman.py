@@ -113,7 +113,8 @@ class Profile:
 
     def summary(self) -> pd.DataFrame:
         """Mean, max, min and (population) std of each metric over the layers that are not degenerate (Alg. 1)."""
-        values = self.table().query("not degenerate")[list(METRICS)]
+        table = self.table()
+        values = table.loc[~table["degenerate"], list(METRICS)]
         with np.errstate(invalid="ignore"):  # the std of an infinite Kreiss constant is NaN
             std = values.std(ddof=0)
         return pd.DataFrame({"mean": values.mean(), "max": values.max(), "min": values.min(), "std": std})

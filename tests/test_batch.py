@@ -101,7 +101,7 @@ def test_chapters_that_share_runs_train_them_once_in_a_batch(folder, tmp_path, m
     execute()
     old = store.local.read_text().replace('"date":"2', '"date":"1')  # a thousand years ago
     store.local.write_text(old)
-    monkeypatch.setattr(batch.papermill, "execute_notebook", execute)
+    monkeypatch.setattr("papermill.execute_notebook", execute)
     write(folder, "01_x", "pass")
     write(folder, "02_x", "pass")
     summary = batch.reproduce(batch.notebooks(), tmp_path / "out", {"recompute": "all"})
