@@ -349,6 +349,76 @@ def test_muparam_full_differs_from_intermediate_by_zero_queries_and_the_scale_by
     torch.testing.assert_close(core.logits(q, k), q @ k.mT / full.d_head)
 
 
+# reparametrizations
+
+REPARAMETRIZED = [choice for choice in CHOICES["reparametrization"] if choice != "none"]
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("parametrization", CHOICES["parametrization"])
+def test_spectral_norm_divides_the_blocks_weights_by_their_largest_singular_value(tiny, parametrization):
+    config = replace(tiny, reparametrization="spectral_norm", parametrization=parametrization, d_model=32)
+    model, plain = models.build(config, V), models.build(replace(config, reparametrization="none"), V)
+    for _ in range(30):  # each training step is one of its power iteration
+        model(tokens(config))
+    model.eval()
+    for linear, before in zip(linears(model.blocks), linears(plain.blocks), strict=True):
+        largest = torch.linalg.matrix_norm(before.weight, 2)
+        torch.testing.assert_close(linear.weight, before.weight / largest, rtol=5e-3, atol=1e-5)
+    assert torch.equal(model.head.weight, plain.head.weight) and torch.equal(model.embed.weight, plain.embed.weight)
+
+
+@pytest.mark.parametrize("changes", [{}, {"init": "gpt2", "biases": True}, {"parametrization": "mup_intermediate"}])
+def test_weight_norm_starts_as_the_same_function(tiny, changes):
+    config = replace(tiny, **changes)
+    x = tokens(config)
+    model = models.build(replace(config, reparametrization="weight_norm"), V)
+    torch.testing.assert_close(model(x), models.build(config, V)(x), rtol=1e-4, atol=1e-5)
+    for linear in linears(model.blocks):
+        size, direction = linear.parametrizations.weight.original0, linear.parametrizations.weight.original1
+        torch.testing.assert_close(linear.weight, size * direction / direction.norm(dim=1, keepdim=True))
+
+
+def test_weight_norm_refuses_weights_without_a_direction(tiny):
+    with pytest.raises(ValueError, match=r"the zero queries of mup_full have none: choose param"):
+        models.build(replace(tiny, reparametrization="weight_norm", parametrization="mup_full"), V)
+
+
+@pytest.mark.parametrize("kind", REPARAMETRIZED)
+def test_a_reparametrized_model_is_the_same_for_the_same_seed(tiny, kind):
+    config, before = replace(tiny, reparametrization=kind), torch.get_rng_state()
+    first = models.build(config, V).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(99)
+    again, other = models.build(config, V).state_dict(), models.build(replace(config, seed=1), V).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "weight.original" in name)
+
+
+@pytest.mark.parametrize("kind", REPARAMETRIZED)
+def test_the_weights_of_a_reparametrized_model_are_named_as_they_are_trained(tiny, kind):
+    model = models.build(replace(tiny, reparametrization=kind), V)
+    named, plain = model.named_weights(), models.build(tiny, V).named_weights(torch.Tensor.detach)
+    assert {name: weight.shape for name, weight in named.items()} == {name: w.shape for name, w in plain.items()}
+    model(tokens(tiny)).square().mean().backward()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    readings = probes.parameters(model) | probes.gradients(model)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())  # looking moves nothing
+    trained = {id(p) for p in model.parameters()}
+    for linear in linears(model.blocks):
+        assert id([*linear.parametrizations.weight.parameters()][-1]) in trained
+    for name, weight in plain.items():
+        expected = float(weight.square().mean().sqrt())
+        assert float(readings[f"parameter_rms/{name}"]) == pytest.approx(expected, rel=1e-5)
+    with probes.updates(model) as moved, torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    assert all(float(value) == pytest.approx(0.5, rel=1e-4) for value in moved.values())
+
+
 # precision
 
 @pytest.mark.parametrize("attention", CHOICES["attention"])

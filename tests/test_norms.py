@@ -70,9 +70,10 @@ def test_the_whole_model_computes_what_gpt2_computes(gpt2_like):
     torch.testing.assert_close(ours(tokens), peer(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("residual", CHOICES["residual"])
 @pytest.mark.parametrize("norm", CHOICES["norm"])
-def test_each_wiring_is_its_formula(gpt2_like, norm):
-    config = replace(gpt2_like, norm=norm)
+def test_each_wiring_is_its_formula(gpt2_like, norm, residual):
+    config = replace(gpt2_like, norm=norm, residual=residual)
     block = randomised(models.build(config, V)).blocks[0]
     x = torch.randn(2, config.seq_len, config.d_model)
     a = (2 * config.n_layers) ** 0.25
@@ -83,8 +84,24 @@ def test_each_wiring_is_its_formula(gpt2_like, norm):
         "rmsnorm": lambda x, n, f: x + f(rms(x, n)), "no_norm": lambda x, n, f: x + f(x),
         "post_ln": lambda x, n, f: ln(x + f(x), n), "deepnorm": lambda x, n, f: ln(a * x + f(x), n),
         "deepnorm_pre": lambda x, n, f: a * x + f(ln(x, n))}[norm]
-    expected = formula(formula(x, block.attention_norm, block.attention), block.mlp_norm, block.mlp)
+    gates = {"plain": (1.0, 1.0), "scaled": ((2 * config.n_layers) ** -0.5,) * 2, "rezero": block.gates}[residual]
+    attention, mlp = (lambda z, gate=gate, f=f: gate * f(z)
+                      for gate, f in zip(gates, (block.attention, block.mlp), strict=True))
+    expected = formula(formula(x, block.attention_norm, attention), block.mlp_norm, mlp)
     torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "rmsnorm", "subln", "no_norm"])
+def test_a_rezero_model_starts_as_the_identity_and_its_gates_have_gradients(gpt2_like, norm):
+    model = models.build(replace(gpt2_like, norm=norm, residual="rezero"), V)
+    stream = torch.randn(4, gpt2_like.seq_len, gpt2_like.d_model)
+    for block in model.blocks:
+        assert torch.equal(block(stream), stream)
+    model(torch.randint(V, (2, gpt2_like.seq_len))).square().mean().backward()
+    assert all(gate.grad != 0 for block in model.blocks for gate in block.gates)
+    plain = models.build(replace(gpt2_like, norm=norm), V)
+    weights = {name: value for name, value in model.state_dict().items() if "gates" not in name}
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
 
 
 def test_subln_normalises_what_enters_the_output_projections_and_nothing_else_does(gpt2_like):

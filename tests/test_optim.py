@@ -70,6 +70,22 @@ def test_muparam_multiplies_the_lr_of_linear_weights_by_base_over_fan_in(tiny, p
     assert {name: by_weight[id(p)] / config.lr for name, p in model.named_parameters()} == pytest.approx(found)
 
 
+@pytest.mark.parametrize("reparametrization", ["spectral_norm", "weight_norm"])
+def test_muparam_multiplies_the_lr_of_the_matrices_of_reparametrized_layers_alike(tiny, reparametrization):
+    config = replace(tiny, parametrization="mup_simple", base_width=48)
+    plain = optim.lr_multipliers(models.build(config, V), config)
+    config = replace(config, reparametrization=reparametrization)
+    model = models.build(config, V)
+    found, sizes = optim.lr_multipliers(model, config), dict(model.named_parameters())
+    for name, multiplier in plain.items():
+        path = name.rpartition(".")[0]
+        originals = {other: m for other, m in found.items() if other.startswith(f"{path}.parametrizations.")}
+        if not originals:
+            assert found[name] == multiplier
+        for other, m in originals.items():
+            assert m == (multiplier if sizes[other].shape[1] > 1 else 1)
+
+
 def test_muparam_has_the_standard_lr_at_base_width(tiny):
     for parametrization in ("mup_simple", "mup_intermediate", "mup_full"):
         same = replace(tiny, parametrization=parametrization, base_width=tiny.d_model)
@@ -124,6 +140,40 @@ def test_independent_decay_shrinks_weights_by_the_schedule_alone_whatever_the_lr
     shrunk = math.prod(1 - optim.schedule(config, step) * 0.05 for step in range(config.steps))
     for before, after in zip(*run(config, gradient_scale=0.0), strict=True):
         torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_sam_steps_by_the_gradient_at_rho_along_the_normalised_gradient(tiny, optimizer):
+    """Foret et al., eq. 2 and 3: w <- w - lr step(grad L(w + rho g / |g|)), over all weights at once."""
+    config = replace(tiny, optimizer=optimizer, parametrization="mup_simple", base_width=32, weight_decay=0.01)
+    rho, targets = 0.3, random_gradients(models.build(config, V), config.steps, 1.0)
+    loss = lambda weights, step: sum((w - t).pow(4).sum() for w, t in zip(weights, targets[step], strict=True))  # noqa: E731
+    model, peer = models.build(config, V), models.build(config, V)
+    ours, plain = optim.build(model, replace(config, sam_rho=rho)), optim.build(peer, config)
+    for step in range(config.steps):
+        for optimizer in (ours, plain):
+            optim.set_lr(optimizer, optim.schedule(config, step))
+            optimizer.zero_grad()
+        loss(model.parameters(), step).backward()
+        ours.step(lambda step=step: loss(model.parameters(), step).backward())
+        weights = list(peer.parameters())
+        gradients = torch.autograd.grad(loss(weights, step), weights)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        moved = [(w + rho * g / norm).detach().requires_grad_() for w, g in zip(weights, gradients, strict=True)]
+        for weight, gradient in zip(weights, torch.autograd.grad(loss(moved, step), moved), strict=True):
+            weight.grad = gradient
+        plain.step()
+        for got, expected in zip(model.parameters(), weights, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sam_moves_along_the_schedule_and_keeps_each_peak(tiny):
+    config = replace(tiny, sam_rho=0.1, parametrization="mup_simple", base_width=64, lr=0.1)
+    optimizer = optim.build(models.build(config, V), config)
+    for factor in (0.5, 1.0):
+        optim.set_lr(optimizer, factor)
+        lrs = sorted(group["lr"] for group in optimizer.base_optimizer.param_groups)
+        assert lrs == pytest.approx([0.1 * factor, 0.4 * factor])
 
 
 def lion(theta: torch.Tensor, gradients: list[torch.Tensor], lrs: list[float], decay: float,

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fingerprint
+from torch import nn
 
-from stability_lib import data, models, optim, train
-from stability_lib.config import RunConfig, replace
+from stability_lib import data, koopman, models, optim, runs, shaping, train
+from stability_lib.config import CHOICES, RunConfig, replace
 from stability_lib.train import loss_terms, resolve_device, train_run
 
 
@@ -32,12 +33,17 @@ def batches(monkeypatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("changes", [
     {"probe_every": 2, "attention_maps": 2}, {"precision": "bf16"}, {"qk_norm": "none", "lr": 1.0},
-    {"attention": "squared_relu", "parametrization": "mup_full"}])
+    {"attention": "squared_relu", "parametrization": "mup_full"},
+    {"residual": "rezero", "spectra_every": 2}, {"reparametrization": "spectral_norm"},
+    {"reparametrization": "weight_norm", "residual": "scaled"}, {"gradient_penalty": 0.1}, {"sam_rho": 0.1},
+    *({"shaping": kind, "shaping_every": 2, "shaping_dmd": "random"} for kind in CHOICES["shaping"][1:]),
+    {"shaping": "kss", "shaping_every": 1, "sam_rho": 0.1, "optimizer": "lion"},
+    {"shaping": "kss", "shaping_every": 1, "gradient_penalty": 0.1, "precision": "bf16"}], ids=str)
 def test_the_same_config_gives_the_same_bits(tiny, changes):
     config = replace(tiny, **changes)
     first = train_run(config)
     torch.manual_seed(99)
-    assert outcome(first) == outcome(train_run(config))
+    assert str(outcome(first)) == str(outcome(train_run(config)))  # as text NaN equals itself
 
 
 @pytest.mark.slow
@@ -136,9 +142,11 @@ def test_the_loss_at_initialisation_is_near_log_vocabulary_plus_a_half(tiny, cha
 @pytest.mark.parametrize("changes", [
     {}, {"qk_norm": "none"}, {"qk_norm": "model"}, {"attention": "squared_relu"}, {"precision": "bf16"},
     {"parametrization": "mup_full"}, {"decay": "pytorch", "weight_decay": 0.1}, {"n_layers": 0},
-    {"logit_transplant": 1.0}])
+    {"logit_transplant": 1.0}, {"residual": "scaled"}, {"residual": "rezero"}, {"reparametrization": "spectral_norm"},
+    {"reparametrization": "weight_norm"}, {"gradient_penalty": 1e-3}, {"sam_rho": 0.01},
+    {"sam_rho": 0.01, "optimizer": "lion", "lr": 3e-3}, {"shaping": "kss"}], ids=str)
 def test_the_loss_falls_within_thirty_steps(tiny, changes):
-    result = train_run(replace(tiny, steps=30, lr=0.03, **changes))
+    result = train_run(replace(tiny, **{"steps": 30, "lr": 0.03} | changes))
     assert result.status == "ok" and result.stop_step is None and result.reason is None
     assert result.loss_final < result.loss_init - 0.8
     assert np.mean(result.curves["loss"][-5:]) < np.mean(result.curves["loss"][:5])
@@ -178,6 +186,169 @@ def test_as_many_attention_maps_are_kept_as_asked_for_spread_over_the_run(tiny, 
     for pattern in map(np.array, result.patterns):
         assert pattern.shape == (tiny.seq_len, tiny.seq_len)
         assert pattern.sum(1) == pytest.approx(np.ones(tiny.seq_len), rel=1e-5) and (np.triu(pattern, 1) == 0).all()
+
+
+# penalties, SAM and spectra
+
+def terms(model: nn.Module, batch: torch.Tensor, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    return loss_terms(model(batch[:, :-1]), batch[:, 1:], config.z_loss)
+
+
+def test_the_gradient_penalty_adds_its_gradient(tiny, batches):
+    """grad c |g|^2 = 2 c H g, and H g is the derivative of the gradient along g."""
+    config = replace(tiny, gradient_penalty=0.05, steps=1, warmup_steps=0, probe_every=1, clip_norm=None)
+    result = train_run(config)
+    model = models.build(config, data.vocab_size(config)).double()
+    weights = list(model.parameters())
+
+    def gradient() -> list[torch.Tensor]:
+        return torch.autograd.grad(terms(model, batches[0], config)[1], weights)
+
+    def shift(along: list[torch.Tensor], size: float) -> list[torch.Tensor]:
+        with torch.no_grad():
+            for weight, direction in zip(weights, along, strict=True):
+                weight.add_(direction, alpha=size)
+        return gradient()
+
+    g, step = gradient(), 1e-4
+    ahead, behind = shift(g, step), shift(g, -2 * step)
+    for weight, here, up, down in zip(weights, g, ahead, behind, strict=True):
+        weight.grad = here + 2 * config.gradient_penalty * (up - down) / (2 * step)
+    norm = math.sqrt(sum(float(weight.grad.square().sum()) for weight in weights))
+    assert result.curves["gradient_norm"] == pytest.approx([norm], rel=1e-4)
+    plain = math.sqrt(sum(float(here.square().sum()) for here in g))
+    assert norm > 1.05 * plain
+    for name, expected in model.named_weights(lambda weight: weight.grad).items():
+        found = result.curves[f"gradient_rms/{name}"][0]
+        assert found == pytest.approx(float(expected.square().mean().sqrt()), rel=1e-3), name
+    assert result.curves["loss"][0] == pytest.approx(train_run(tiny).curves["loss"][0])  # the task's alone
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_run_with_sam_is_what_the_steps_by_hand_give(tiny, batches, clip_norm):
+    """eps near the gradients makes AdamW see their scale, so that clipping at the second point shows."""
+    config = replace(tiny, sam_rho=0.2, eps=0.01, clip_norm=clip_norm)
+    result = train_run(config)
+    model = models.build(config, data.vocab_size(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
+                                  weight_decay=config.weight_decay / config.lr)
+    losses, norms, weights = [], [], list(model.parameters())
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = config.lr * optim.schedule(config, step)
+        loss, objective = terms(model, batch, config)
+        g = torch.autograd.grad(objective, weights)
+        losses.append(loss.item())
+        norms.append(float(torch.cat([x.flatten() for x in g]).norm()))
+        here = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight, x in zip(weights, g, strict=True):
+                weight += config.sam_rho * x / norms[-1]
+        there = torch.autograd.grad(terms(model, batch, config)[1], weights)
+        size = float(torch.cat([x.flatten() for x in there]).norm())
+        with torch.no_grad():
+            for weight, back, x in zip(weights, here, there, strict=True):
+                weight.copy_(back)
+                weight.grad = x * min(1.0, (clip_norm or math.inf) / size)
+        optimizer.step()
+    assert result.curves["loss"] == pytest.approx(losses, rel=1e-4)
+    assert result.curves["gradient_norm"] == pytest.approx(norms, rel=1e-3)
+    assert train_run(replace(config, sam_rho=0.0)).curves["loss"] != pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", CHOICES["shaping"][1:])
+def test_a_shaped_run_is_a_plain_loop_with_the_penalty_in_its_loss(tiny, batches, kind):
+    config = replace(tiny, shaping=kind, shaping_alpha=0.5, shaping_every=2)
+    result = train_run(config)
+    model = models.build(config, data.vocab_size(config))
+    optimizer, losses, penalties = optim.build(model, config), [], []
+    with shaping.attach(model, config) as kss:
+        for step, batch in enumerate(batches):
+            optim.set_lr(optimizer, optim.schedule(config, step))
+            loss, objective = terms(model, batch, config)
+            penalty = kss.penalty()
+            optimizer.zero_grad()
+            (objective + penalty).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            kss.step()
+            losses.append(loss.item())
+            penalties.append(float(penalty.detach()))
+    assert result.curves["loss"] == losses and result.curves["penalty"] == penalties
+    assert [value > 0 for value in penalties] == [True, False] * 3
+    assert losses[:1] == train_run(tiny).curves["loss"][:1] and losses[2:] != train_run(tiny).curves["loss"][2:]
+
+
+def test_a_penalty_without_weight_changes_nothing(tiny):
+    off, plain = train_run(replace(tiny, shaping="kss", shaping_alpha=0.0)), train_run(tiny)
+    assert off.curves == plain.curves | {"penalty": [0.0] * 6, "skipped_layers": [0] * 6}
+    assert off.loss_final == plain.loss_final
+
+
+@pytest.mark.parametrize("changes, n", [
+    ({}, 6), ({"lr": 1e30, "warmup_steps": 0, "clip_norm": None, "norm": "no_norm"}, 2), ({"diverge_loss": 1.0}, 1)])
+@pytest.mark.parametrize("kind", CHOICES["shaping"][1:])
+def test_a_shaped_run_records_its_penalty_and_skipped_layers_at_every_step(tiny, kind, changes, n):
+    result = train_run(replace(tiny, shaping=kind, shaping_every=1, **changes))
+    assert (result.status == "diverged") == bool(changes)
+    assert [len(result.curves[name]) for name in ("step", "penalty", "skipped_layers")] == [n] * 3
+    assert all(map(math.isfinite, result.curves["penalty"]))
+    assert result.curves["skipped_layers"] == ([0, 1] if "lr" in changes else [0] * n)
+
+
+@pytest.mark.parametrize("changes", [
+    {"probe_every": 1}, {"attention_maps": 3}, {"spectra_every": 1},
+    {"probe_every": 1, "attention_maps": 2, "spectra_every": 2}], ids=str)
+@pytest.mark.parametrize("kind", [
+    {}, {"reparametrization": "spectral_norm"}, {"shaping": "kss", "shaping_every": 1}, {"sam_rho": 0.1},
+    {"shaping": "jacobian", "shaping_every": 1}, {"residual": "rezero", "gradient_penalty": 0.01}], ids=str)
+def test_looking_changes_nothing(tiny, kind, changes):
+    seen, unseen = (train_run(replace(tiny, **kind, **more)) for more in (changes, {}))
+    assert [seen.curves[name] for name in unseen.curves] == list(unseen.curves.values())
+    assert seen.loss_final == unseen.loss_final
+
+
+def test_probes_read_the_pass_of_the_task_and_no_other(tiny):
+    config = replace(tiny, probe_every=1, steps=1, warmup_steps=0)
+    plain = train_run(config).curves
+    for changes in ({"shaping": "jacobian", "shaping_every": 1, "shaping_alpha": 9.0}, {"sam_rho": 3.0}):
+        found = train_run(replace(config, **changes)).curves
+        for name, values in plain.items():
+            if name.startswith(("attention", "qk", "q_", "k_", "output", "logit", "log_z", "parameter")):
+                assert found[name] == values, name
+
+
+def test_spectra_are_the_profiles_means_at_their_steps(tiny, batches):
+    config = replace(tiny, spectra_every=4, batch_size=32, steps=8)
+    result = train_run(config)
+    assert result.curves["spectra_step"] == [0, 4, 7]
+    model = models.build(config, data.vocab_size(config))
+    table = koopman.profile(model, batches[0][:, :-1], kreiss=False).table()
+    for name in train.SPECTRA:
+        assert result.curves[name][0] == pytest.approx(table[name].mean())
+        assert len(result.curves[name]) == 3
+
+
+@pytest.mark.parametrize("changes, known", [
+    ({"lr": 1e30, "warmup_steps": 0, "clip_norm": None, "norm": "no_norm"}, [True, False]),
+    ({"residual": "rezero", "steps": 2, "norm": "no_norm"}, [False, True])])
+def test_spectra_that_cannot_be_had_are_missing(tiny, changes, known):
+    """Of states that are not finite, and of layers that leave all states as they are."""
+    curves = train_run(replace(tiny, spectra_every=1, **changes)).curves
+    assert curves["spectra_step"] == [0, 1]
+    assert [math.isfinite(value) for value in curves["near_unit_mass"]] == known
+
+
+def test_the_curves_of_shaped_runs_are_read_back_at_their_steps(tiny):
+    config = replace(tiny, shaping="kss", shaping_every=2, spectra_every=3, steps=120, warmup_steps=5, lr=1e-3,
+                     n_layers=1)
+    result = train_run(config)
+    table = runs.frame([runs.to_row(result, "cpu")])
+    penalty, mass = (runs.curve(table, name) for name in ("penalty", "near_unit_mass"))
+    assert list(mass["step"]) == result.curves["spectra_step"]
+    assert list(mass["value"]) == pytest.approx(result.curves["near_unit_mass"], rel=1e-4)
+    assert list(penalty["step"]) == list(runs.curve(table, "loss")["step"]) and len(penalty) < 120
+    assert list(penalty["value"]) == pytest.approx([result.curves["penalty"][i] for i in penalty["step"]], rel=1e-4)
+    assert list(runs.curve(table, "skipped_layers")["value"]) == [0] * len(penalty)
 
 
 # losses
