@@ -36,9 +36,10 @@ N ?= 5
 audit: $(VENV)/ready  ## train N random reference runs again and compare: make audit N=5
 	$(BIN)/python -m stability_lib audit --n $(N)
 
-benchmark: $(VENV)/ready-test  ## measure training, probes and the spectral profile; ratios from one run
+benchmark: $(VENV)/ready-test  ## measure training, probes, spectral profile and shaping; ratios from one run
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/koopman.py
+	$(BIN)/python benchmarks/shaping.py
 
 lock: $(VENV)/ready-test  ## write requirements.lock from what is installed in $(VENV)
 	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/frozen

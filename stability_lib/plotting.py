@@ -187,6 +187,19 @@ def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Ax
     return label_ends(ax, ends)
 
 
+def arms_over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str, *, name_lines: bool = True) -> Axes:
+    """One recorded quantity over training: the median and the 10th to 90th percentile of the runs still alive, a line
+    per `arm`."""
+    frame, ends = curve(runs, quantity).dropna(subset="value"), []
+    for (arm, group), colour in zip(frame.groupby("arm", sort=False), sns.color_palette("dark"), strict=False):
+        sns.lineplot(group, x="step", y="value", ax=ax, color=colour, estimator="median", errorbar=("pi", 80),
+                     legend=False, err_kws={"alpha": 0.15, "linewidth": 0})
+        last = group[group["step"] == group["step"].max()]
+        ends.append((last["step"].iloc[0], last["value"].median(), arm, colour))
+    ax.set(xlabel="training step", ylabel=label)
+    return label_ends(ax, ends) if name_lines else ax
+
+
 def logit_forecast(ax: Axes, runs: pd.DataFrame, value: str, fitted: Iterable[int]) -> Axes:
     """`value` of each run against the parameter count, a colour per LR, crosses where `failing`; the quadratic in logs
     through the sizes `fitted`, dashed beyond them; 1e4 dotted (paper P, Fig. 9)."""
@@ -243,6 +256,83 @@ def rates(ax: Axes, table: pd.DataFrame, paper: pd.Series | None = None) -> Axes
                    edgecolors=sns.color_palette("deep")[3], zorder=3, label="paper K")
         ax.legend(frameon=False, loc="lower right")
     ax.set(yticks=heights, yticklabels=table.index, xlim=(-3, 103), xlabel="runs that diverge (%), 95% interval")
+    return ax
+
+
+def counts(ax: Axes, runs: pd.DataFrame, rows: str, columns: str, marked: str, label: str | None = None) -> Axes:
+    """In how many of the runs with each pair of values of two columns `marked` holds: the share as colour, the counts
+    as text. Rows stand in the order of first appearance, columns sorted; without a `label`, no colour bar."""
+    groups = runs.groupby([rows, columns], sort=False)[marked]
+    share, text = (found.unstack(columns).reindex(runs[rows].unique()).sort_index(axis=1) for found in (
+        100 * groups.mean(), groups.sum().astype(int).astype(str) + "/" + groups.size().astype(str)))
+    named = lambda values: [v if isinstance(v, str) else f"{v:g}" for v in values]  # noqa: E731
+    sns.heatmap(share, annot=text.fillna(""), fmt="", cmap="rocket_r", vmin=0, vmax=100, linewidths=1, ax=ax,
+                xticklabels=named(share.columns), yticklabels=named(share.index), cbar=label is not None,
+                cbar_kws={"label": label})
+    ax.tick_params(length=0, labelrotation=0)
+    return ax
+
+
+def dose_response(ax: Axes, table: pd.DataFrame, y: str) -> Axes:
+    """y against `shaping_alpha`, a line per `shaping_every`, with the interval `low` to `high` where y is `rate`."""
+    lines = table.sort_values("shaping_alpha").groupby("shaping_every")
+    for (every, group), colour in zip(lines, sns.color_palette("dark"), strict=False):
+        ax.plot(group["shaping_alpha"], group[y], color=colour, marker="o",
+                label="every step" if every == 1 else f"every {every} steps")
+        if y == "rate":
+            ax.fill_between(group["shaping_alpha"], group["low"], group["high"], color=colour, alpha=0.12, linewidth=0)
+    ax.set(xscale="log", xlabel="alpha")
+    return ax
+
+
+def named_dots(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> Axes:
+    """A dot per row of the frame with its index as label, right of it."""
+    ax.scatter(frame[x], frame[y], color="0.25", s=24)
+    return label_ends(ax, [(row[x], row[y], name, "0.25") for name, row in frame.iterrows()])
+
+
+def without_and_with_kss(ax: Axes, runs: pd.DataFrame, y: str, *, name_lines: bool = True) -> Axes:
+    """Mean over seeds of y against the learning rate, on an axis already in logs, with its 95% interval, dashed without
+    KSS and solid with it. `runs` has `shaping`, `lr`, `seed` and y."""
+    ends, colours = [], sns.color_palette("dark")
+    for shaped, group in runs.groupby(runs["shaping"] != "none"):
+        sns.lineplot(group, x="lr", y=y, ax=ax, color=colours[shaped], errorbar=_interval, legend=False, marker="o",
+                     markersize=5, markeredgewidth=0, linestyle="-" if shaped else "--",
+                     err_kws={"alpha": 0.15, "linewidth": 0})
+        last = group[group["lr"] == group["lr"].max()]
+        ends.append((last["lr"].iloc[0], last[y].mean(), "with KSS" if shaped else "without", colours[shaped]))
+    ax.set_xlabel("learning rate")
+    return label_ends(ax, ends) if name_lines else ax
+
+
+def rates_against_lr(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Divergence rates of `evaluate.divergence_rates` by `shaping` and `lr` against the learning rate, with their exact
+    intervals, dashed without KSS and solid with it."""
+    ends, colours = [], sns.color_palette("dark")
+    for shaping, group in table.reset_index().groupby("shaping", sort=False):
+        colour, group = colours[shaping != "none"], group.sort_values("lr")
+        ax.plot(group["lr"], 100 * group["rate"], "--" if shaping == "none" else "-", color=colour, marker="o",
+                markersize=4)
+        ax.fill_between(group["lr"], 100 * group["low"], 100 * group["high"], color=colour, alpha=0.1, linewidth=0)
+        ends.append((group["lr"].iloc[-1], 100 * group["rate"].iloc[-1], "without" if shaping == "none" else "with KSS",
+                     colour))
+    lrs = sorted(table.reset_index()["lr"].unique())
+    ax.set(xscale="log", xlabel="learning rate", ylim=(-4, 104))
+    ax.set_xticks(lrs[::max(1, len(lrs) // 3)], [f"{lr:g}" for lr in lrs[::max(1, len(lrs) // 3)]])
+    ax.minorticks_off()
+    return label_ends(ax, ends)
+
+
+def before_and_after(ax: Axes, table: pd.DataFrame, before: str, after: str, hue: str) -> Axes:
+    """Two numbers per row of `table`, one row a line from the top down: `before` as a hollow dot, `after` as a filled
+    one, darker the larger `hue` (in percent) is."""
+    heights = np.arange(len(table))[::-1]
+    ax.hlines(heights, table[before], table[after], color="0.8", linewidth=2)
+    ax.scatter(table[before], heights, facecolors="white", edgecolors="0.3", zorder=3, label="at initialization")
+    dots = ax.scatter(table[after], heights, c=table[hue], cmap="rocket_r", vmin=-15, vmax=115, zorder=4, s=55,
+                      label="at the last reading")
+    ax.figure.colorbar(dots, ax=ax, label=hue, boundaries=np.linspace(0, 100, 101), ticks=[0, 25, 50, 75, 100])
+    ax.set(yticks=heights, yticklabels=table.index)
     return ax
 
 
