@@ -250,11 +250,12 @@ def kss_ablations(scale: str) -> list[RunConfig]:
 def kss_learning(scale: str) -> list[RunConfig]:
     """Chapter 05: what prevention costs where recall is learned, with larger initial weights, fewer symbols, longer."""
     setting = _control(scale, n_layers=2, init="fan_in", vocab_size=32, seq_len=12)
-    arms, lrs = [{}, dict(clip_norm=1.0), dict(shaping="kss"), _EVERY_STEP], [1.5e-3, 3e-3, 6e-3, 1.2e-2]
+    arms = [{}, dict(clip_norm=1.0), dict(shaping="kss"), _EVERY_STEP, _EVERY_STEP | dict(shaping_alpha=0.5)]
     if scale == "quick":
         return grid(setting, arm=[{}, _EVERY_STEP], lr=[6e-3], seed=_control_seeds(scale))
     steps = max(1500, setting.steps)
-    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=lrs, seed=_control_seeds(scale))
+    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=[1.5e-3, 3e-3, 6e-3, 1.2e-2],
+                seed=_control_seeds(scale))
 
 
 def kss_baselines(scale: str) -> list[RunConfig]:
