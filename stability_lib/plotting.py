@@ -200,6 +200,21 @@ def arms_over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str, 
     return label_ends(ax, ends) if name_lines else ax
 
 
+def arms_against_lr(ax: Axes, runs: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
+    """y against the learning rate: mean over seeds and their whole range, a line per `arm`."""
+    ends = []
+    for (arm, group), colour in zip(runs.groupby("arm", sort=False), sns.color_palette("dark"), strict=False):
+        sns.lineplot(group, x="lr", y=y, ax=ax, color=colour, marker="o", errorbar=_BANDS["range"], legend=False,
+                     err_kws={"alpha": 0.15, "linewidth": 0})
+        last = group[group["lr"] == group["lr"].max()]
+        ends.append((last["lr"].iloc[0], last[y].mean(), arm, colour))
+    lrs = sorted(runs["lr"].unique())
+    ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+    ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    ax.minorticks_off()
+    return label_ends(ax, ends) if name_lines else ax
+
+
 def logit_forecast(ax: Axes, runs: pd.DataFrame, value: str, fitted: Iterable[int]) -> Axes:
     """`value` of each run against the parameter count, a colour per LR, crosses where `failing`; the quadratic in logs
     through the sizes `fitted`, dashed beyond them; 1e4 dotted (paper P, Fig. 9)."""
@@ -324,13 +339,13 @@ def rates_against_lr(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def before_and_after(ax: Axes, table: pd.DataFrame, before: str, after: str, hue: str) -> Axes:
-    """Two numbers per row of `table`, one row a line from the top down: `before` as a hollow dot, `after` as a filled
-    one, darker the larger `hue` (in percent) is."""
+    """Two columns of `table`, one row a line from the top down: `before` as hollow dots, `after` as filled ones, darker
+    the larger the column `hue` (in percent) is."""
     heights = np.arange(len(table))[::-1]
     ax.hlines(heights, table[before], table[after], color="0.8", linewidth=2)
-    ax.scatter(table[before], heights, facecolors="white", edgecolors="0.3", zorder=3, label="at initialization")
+    ax.scatter(table[before], heights, facecolors="white", edgecolors="0.3", zorder=3, label=before)
     dots = ax.scatter(table[after], heights, c=table[hue], cmap="rocket_r", vmin=-15, vmax=115, zorder=4, s=55,
-                      label="at the last reading")
+                      label=after)
     ax.figure.colorbar(dots, ax=ax, label=hue, boundaries=np.linspace(0, 100, 101), ticks=[0, 25, 50, 75, 100])
     ax.set(yticks=heights, yticklabels=table.index)
     return ax
