@@ -14,6 +14,7 @@ Dimensions: B batch, T position, D model, N snapshots (token states), M modes, K
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -25,6 +26,7 @@ import pandas as pd
 import torch
 from scipy import linalg, ndimage, optimize
 from scipy.sparse.linalg import LinearOperator, eigsh
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from .config import unknown
@@ -283,9 +285,10 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     a_MxM = (fitted_DxM[:modes] / gain).cpu().numpy()
     misfit_DxK = yt_DxK - fitted_DxM @ p_KxM.T  # Yt - A Xt
 
-    values, left_MxM, kappa = _eigen(a_MxM)
-    # u_j^* (Yt - lambda_j Xt) = u_j^* (Yt - A Xt): no cancellation as between Gram matrices, which squares the error
-    off = _row_norms(left_MxM @ misfit_DxK[:modes].cpu().numpy(), values)
+    with _blas().limit(limits=1, user_api="blas"):  # the threads of numpy's and torch's own only wait for each other
+        values, left_MxM, kappa = _eigen(a_MxM)
+        # u_j^* (Yt - lambda_j Xt) = u_j^* (Yt - A Xt): no cancellation as between Gram matrices, which squares errors
+        off = _row_norms(left_MxM @ misfit_DxK[:modes].cpu().numpy(), values)
     residuals = off / (_row_norms(left_MxM * gain.cpu().numpy(), values) + SMALL)
     size = np.abs(values)
     rho, order = float(size.max()), np.lexsort((-values.imag, -size))
@@ -477,6 +480,12 @@ def _leading_directions(x_NxD: Tensor, rank: int, seed: int) -> Tensor:
     for _ in range(3):
         sketch = torch.linalg.qr(x_NxD.T @ torch.linalg.qr(x_NxD @ sketch)[0])[0]
     return sketch @ torch.linalg.svd(x_NxD @ sketch, full_matrices=False)[2].T[:, :rank]
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """Of the libraries loaded by now; made once, as finding them takes longer than an eigenvalue."""
+    return ThreadpoolController()
 
 
 def _eigen(a_MxM: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
