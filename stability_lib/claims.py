@@ -158,6 +158,15 @@ CLAIMS = {
               "not tested",
               "error (decades of LR) on held-out norms of a model of shape and spectra minus that of the median of the "
               "other norms", "<", 0.0),
+        Claim("KO.kicks-close", "ours", "random kicks to the weights of an untrained model foretell the largest stable "
+              "learning rate of architectures not seen before", "not tested",
+              "error (decades of LR) of the kicks on architectures outside of the sweep", "<", 0.3),
+        Claim("KO.kicks-beat-norm", "ours", "they do so better than what models of the same norm bore", "not tested",
+              "error (decades of LR) of the kicks minus that of the sweep's median limit of the same norm, "
+              "architectures outside of the sweep", "<", 0.0),
+        Claim("KO.spectra-beat-norm", "ours", "spectra and Kreiss constants do so too", "not tested",
+              "error (decades of LR) of a model of shape, spectra and Kreiss constants minus that of the sweep's "
+              "median limit of the same norm, architectures outside of the sweep that have a profile", "<", 0.0),
     ),
     "05_kss_divergence": (
         Claim("KT3.uncontrolled", "K Table 3",

@@ -153,6 +153,8 @@ class RunConfig:
     """Steps between probes (the first and the last step are always probed); 0: no probes."""
     spectra_every: int = 0
     """Steps between spectral profiles (`koopman`) of the batch; the first and the last step's too; 0: none."""
+    spectra_kreiss: bool = False
+    """Whether they search the Kreiss constants, which takes longer than all the rest of a profile."""
     attention_maps: int = 0
     """How many snapshots of one attention pattern (block 0, head 0) to keep over the run."""
 

@@ -199,14 +199,30 @@ def curve(runs: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
     Raises `KeyError` that lists what was recorded where no run has the quantity.
     """
-    steps = "step" if quantity in DENSE else "spectra_step" if quantity in SPECTRA else "probe_step"
-    have = runs[[quantity in curves for curves in runs["curves"]]]
-    if have.empty:
-        recorded = sorted({name.split("/")[0] for curves in runs["curves"] for name in curves if "step" not in name})
-        raise KeyError(f"no run recorded {quantity!r}: recorded are {', '.join(recorded)} (per block as name/block0)")
+    steps = "step" if quantity in DENSE else "spectra_step" if quantity.split("/")[0] in SPECTRA else "probe_step"
+    have = runs[_recorded(runs, quantity)]
     scalars = have.drop(columns=["curves", "patterns", "provenance"])
     long = scalars.assign(step=[c[steps] for c in have["curves"]], value=[c[quantity] for c in have["curves"]])
     return long.explode(["step", "value"]).astype({"step": int, "value": float}).reset_index(drop=True)
+
+
+def reading(runs: pd.DataFrame, quantity: str, at: int = -1) -> pd.Series:
+    """Per run, the finite value number `at` (0: the first, -1: the last) of a curve; NaN where the run has none.
+
+    Raises `KeyError` as `curve` does.
+    """
+    _recorded(runs, quantity)
+    finite = [[value for value in curves.get(quantity, ()) if value is not None] for curves in runs["curves"]]
+    return pd.Series([values[at] if values else math.nan for values in finite], runs.index, float, quantity)
+
+
+def _recorded(runs: pd.DataFrame, quantity: str) -> list[bool]:
+    """Which runs recorded a quantity; `KeyError` that lists what was recorded where none did."""
+    have = [quantity in curves for curves in runs["curves"]]
+    if not any(have):
+        recorded = sorted({name.split("/")[0] for curves in runs["curves"] for name in curves if "step" not in name})
+        raise KeyError(f"no run recorded {quantity!r}: recorded are {', '.join(recorded)} (per block as name/block0)")
+    return have
 
 
 def peak(runs: pd.DataFrame, quantity: str) -> pd.Series:

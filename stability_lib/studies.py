@@ -142,18 +142,54 @@ _RECALL = dict(data="recall", seq_len=32, n_heads=4, init="gpt2", positions="lea
 settings where the paper is silent. Sequences are half as long as the paper's but at scale `paper`."""
 
 
+_SWEEP = {
+    "quick": ([(32, 2)], [1e-2, 3e-2, 8e-1], 60),
+    "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
+    "gpu": ([(128, 4), (256, 4), (128, 8), (256, 8)], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 2000),
+    "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),
+}
+"""Widths and depths, learning rates and steps of chapter 04."""
+
+
 def divergence_sweep(scale: str) -> list[RunConfig]:
     """Chapter 04: which norm placements, shapes and learning rates diverge on associative recall (paper K, Table 1)."""
-    sizes, lrs, steps = {
-        "quick": ([(32, 2)], [1e-2, 3e-2, 8e-1], 60),
-        "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
-        "gpu": ([(128, 4), (256, 4), (128, 8), (256, 8)], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 2000),
-        "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),
-    }[check_scale(scale)]
+    sizes, lrs, steps = _SWEEP[check_scale(scale)]
     longer = dict(seq_len=64) if scale == "paper" else {}
     setting = RunConfig(**_RECALL | longer, steps=steps, warmup_steps=steps // 10)
     return grid(setting, norm=CHOICES["norm"], size=[dict(d_model=d, n_layers=n) for d, n in sizes], lr=lrs,
                 seed=[42] if scale == "quick" else [42, 123, 456])
+
+
+def unseen_architectures(scale: str) -> list[RunConfig]:
+    """Chapter 04: architectures and a size that `divergence_sweep` lacks, at its learning rates, to hold forecasts of
+    the largest stable one to."""
+    d_model, n_layers = {"quick": (32, 2), "cpu": (48, 3), "gpu": (192, 6), "paper": (384, 6)}[check_scale(scale)]
+    without = [dict(init="xavier"), dict(init="fan_in"), dict(residual="scaled"), dict(residual="rezero"),
+               dict(qk_norm="head")]
+    arms = [*(dict(norm="no_norm") | arm for arm in without), dict(norm="pre_ln", init="fan_in"),
+            dict(norm="pre_ln", residual="scaled"), dict(norm="post_ln", init="xavier")]
+    first = replace(divergence_sweep(scale)[0], d_model=d_model, n_layers=n_layers)
+    return grid(first, arm=arms[1:3] if scale == "quick" else arms, lr=_SWEEP[scale][1],
+                seed=[42] if scale == "quick" else [42, 123, 456])
+
+
+def untrained(config: RunConfig, **changes) -> RunConfig:
+    """A run of one step that profiles 2048 token states of the model `config` starts from, before that step."""
+    return replace(config, **dict(
+        lr=1e-2, steps=1, warmup_steps=0, batch_size=2048 // config.seq_len, eval_sequences=32, diverge_loss=None,
+        diverge_grad_norm=None, spectra_every=1) | changes)
+
+
+def spectra_at_init(scale: str) -> list[RunConfig]:
+    """Chapter 04: profiles of untrained models. By norm and, each alone, width, depth and initialization (paper K,
+    Table 1), and with Kreiss constants of every model that the chapter trains."""
+    setting = RunConfig(**_RECALL | dict(seq_len=64, d_model=128, n_layers=4))
+    shapes = [] if scale == "quick" else [dict(d_model=64), dict(d_model=256), dict(n_layers=2), dict(n_layers=8)]
+    changes = [{}, *shapes, dict(init="pytorch"), dict(init="xavier"), dict(init="fan_in")]
+    trained = [untrained(config, spectra_kreiss=True)
+               for config in divergence_sweep(scale) + unseen_architectures(scale)]
+    by_choice = grid(untrained(setting), norm=CHOICES["norm"], change=changes, seed=[42, 123, 456])
+    return list(dict.fromkeys(by_choice + trained))
 
 
 _CONTROL = {
@@ -400,16 +436,17 @@ def _high_lrs(scale: str) -> tuple[float, ...]:
 
 STUDIES: dict[str, Callable[[str], list[RunConfig]]] = {study.__name__: study for study in (
     first_look, attention_logit_growth, attention_patterns, output_logit_floor, output_logit_harm, mu_parametrization,
-    divergence_sweep, kss_divergence, kss_dose, kss_readings, kss_ablations, kss_learning, warm_up, weight_decay,
-    steps_and_batch, other_optimizers, digits, width_and_depth, logit_growth_by_size, logit_growth_near_failure,
-    logit_transplant, adam_epsilon, kss_baselines, kss_largest_stable_lr)}
+    divergence_sweep, unseen_architectures, spectra_at_init, kss_divergence, kss_dose, kss_readings, kss_ablations,
+    kss_learning, warm_up, weight_decay, steps_and_batch, other_optimizers, digits, width_and_depth,
+    logit_growth_by_size, logit_growth_near_failure, logit_transplant, adam_epsilon, kss_baselines,
+    kss_largest_stable_lr)}
 
 CHAPTERS = {
     "00_start_here": ("first_look",),
     "01_attention_logit_growth": ("attention_logit_growth", "attention_patterns"),
     "02_zloss": ("output_logit_floor", "output_logit_harm"),
     "03_muparam_lr_sensitivity": ("mu_parametrization",),
-    "04_rksp_auroc": ("divergence_sweep",),
+    "04_rksp_auroc": ("divergence_sweep", "unseen_architectures", "spectra_at_init"),
     "05_kss_divergence": ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning"),
     "06_warmup_and_weight_decay": ("warm_up", "weight_decay", "steps_and_batch", "other_optimizers", "digits"),
     "07_width_vs_depth": ("width_and_depth",),

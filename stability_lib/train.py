@@ -19,8 +19,9 @@ from . import data, koopman, models, optim, probes, shaping
 from .config import RunConfig, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SPECTRA = ("near_unit_mass", "expansive_mass", "spectral_radius", "update_size")
-"""What is kept of a spectral profile taken during training."""
+SPECTRA = tuple(metric for metric in koopman.METRICS if metric != "kreiss")
+"""What is kept of a spectral profile, as means over layers and for each as `<metric>/block<i>`. K(A) itself is infinite
+where rho > 1, which is nearly everywhere; `kreiss_scaled` only where the config asks for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _train(config: RunConfig, device: str) -> RunResult:
         optim.set_lr(optimizer, optim.schedule(config, step))
         probe = step in to_probe
         if step in to_profile:
-            _read_spectra(curves, step, model, batch)
+            _read_spectra(curves, step, model, batch, config)
         with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
             logits = forward(batch)
         loss, objective, penalty = losses(logits, batch)
@@ -214,15 +215,19 @@ def _attention_kernel(config: RunConfig):
     return sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
 
 
-def _read_spectra(curves: dict[str, list], step: int, model: nn.Module, batch: Tensor) -> None:
-    """Means over layers of the profile's metrics on a batch; NaN where its states cannot be profiled."""
+def _read_spectra(curves: dict[str, list], step: int, model: nn.Module, batch: Tensor, config: RunConfig) -> None:
+    """The profile's metrics on a batch, means over layers and by block; NaN where its states cannot be profiled."""
     try:
-        means = koopman.profile(model, batch[:, :-1], kreiss=False).summary()["mean"]
+        found = koopman.profile(model, batch[:, :-1], kreiss=config.spectra_kreiss)
+        readings = {"": found.summary()["mean"]} | {f"/block{i}": row for i, row in found.table().iterrows()}
     except koopman.ProfileError:
-        means = defaultdict(lambda: math.nan)
+        unknown_mean = defaultdict(lambda: math.nan)
+        readings = {"": unknown_mean} | {f"/block{i}": unknown_mean for i in range(config.n_layers)}
     curves["spectra_step"].append(step)
-    for metric in SPECTRA:
-        curves[metric].append(float(means[metric]))
+    for where, values in readings.items():
+        for metric in SPECTRA:
+            if metric != "kreiss_scaled" or config.spectra_kreiss:
+                curves[metric + where].append(float(values[metric]))
 
 
 def _pattern(model: nn.Module, tokens_1xT: Tensor, config: RunConfig, device: str) -> list[list[float]]:

@@ -22,7 +22,7 @@ DEFAULTS = {
     "tokenizer": "bytes", "patch_size": 2, "optimizer": "adamw", "residual": "plain", "reparametrization": "none",
     "gradient_penalty": 0.0, "sam_rho": 0.0, "shaping": "none", "shaping_alpha": 0.15, "shaping_every": 10,
     "shaping_beta": 1.0, "shaping_dmd": "pod", "shaping_gradient": "both", "shaping_reduction": "sum",
-    "spectra_every": 0,
+    "spectra_every": 0, "spectra_kreiss": False,
 }
 """Stored keys leave defaults out, so a changed default would give old results to another computation."""
 
@@ -38,6 +38,7 @@ OTHER = {
     "reparametrization": "weight_norm", "gradient_penalty": 0.1, "sam_rho": 0.05, "shaping": "kss",
     "shaping_alpha": 5.0, "shaping_every": 1, "shaping_beta": 10.0, "shaping_dmd": "random",
     "shaping_gradient": "input", "shaping_reduction": "mean", "spectra_every": 5,
+    "spectra_kreiss": True,
 }
 
 

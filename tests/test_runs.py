@@ -312,6 +312,16 @@ def test_an_unrecorded_curve_names_the_recorded_ones(two_runs):
         runs.curve(two_runs, "los")
 
 
+def test_a_reading_is_a_finite_value_of_a_curve_by_its_place(two_runs):
+    curves = [{"rho": [None, 2.0, 3.0, None]}, {"rho": [None]}]
+    table = two_runs.assign(curves=curves)
+    assert runs.reading(table, "rho", 0).fillna(-1).to_list() == [2.0, -1]
+    assert runs.reading(table, "rho").fillna(-1).to_list() == [3.0, -1]
+    assert runs.reading(table.assign(curves=[curves[0], {}]), "rho").isna().to_list() == [False, True]
+    with pytest.raises(KeyError, match="no run recorded 'rho/block0': recorded are rho"):
+        runs.reading(table, "rho/block0")
+
+
 def test_a_peak_is_the_largest_value_over_steps_and_blocks_and_nan_where_nothing_was_recorded(two_runs):
     assert runs.peak(two_runs, "logit").fillna(-1).to_list() == [6.0, -1]
     assert runs.peak(two_runs, "logit/block0").iloc[0] == 5.0

@@ -317,15 +317,18 @@ def test_probes_read_the_pass_of_the_task_and_no_other(tiny):
                 assert found[name] == values, name
 
 
-def test_spectra_are_the_profiles_means_at_their_steps(tiny, batches):
-    config = replace(tiny, spectra_every=4, batch_size=32, steps=8)
-    result = train_run(config)
-    assert result.curves["spectra_step"] == [0, 4, 7]
+@pytest.mark.parametrize("kreiss", [False, True])
+def test_spectra_are_the_profiles_means_and_layers_at_their_steps(tiny, batches, kreiss):
+    config = replace(tiny, spectra_every=4, batch_size=32, steps=8, spectra_kreiss=kreiss)
+    curves = train_run(config).curves
+    assert curves["spectra_step"] == [0, 4, 7]
     model = models.build(config, data.vocab_size(config))
-    table = koopman.profile(model, batches[0][:, :-1], kreiss=False).table()
-    for name in train.SPECTRA:
-        assert result.curves[name][0] == pytest.approx(table[name].mean())
-        assert len(result.curves[name]) == 3
+    table = koopman.profile(model, batches[0][:, :-1], kreiss=kreiss).table()
+    assert ("kreiss_scaled" in curves) is kreiss and "kreiss" not in curves
+    for name in [name for name in train.SPECTRA if kreiss or name != "kreiss_scaled"]:
+        assert curves[name][0] == pytest.approx(table[name].mean())
+        assert [curves[f"{name}/block{i}"][0] for i in range(2)] == pytest.approx(table[name].to_list())
+        assert len(curves[name]) == len(curves[f"{name}/block1"]) == 3
 
 
 @pytest.mark.parametrize("changes, known", [
@@ -336,6 +339,7 @@ def test_spectra_that_cannot_be_had_are_missing(tiny, changes, known):
     curves = train_run(replace(tiny, spectra_every=1, **changes)).curves
     assert curves["spectra_step"] == [0, 1]
     assert [math.isfinite(value) for value in curves["near_unit_mass"]] == known
+    assert {len(curves[f"near_unit_mass/block{i}"]) for i in range(tiny.n_layers)} == {2}
 
 
 def test_the_curves_of_shaped_runs_are_read_back_at_their_steps(tiny):
@@ -343,7 +347,7 @@ def test_the_curves_of_shaped_runs_are_read_back_at_their_steps(tiny):
                      n_layers=1)
     result = train_run(config)
     table = runs.frame([runs.to_row(result, "cpu")])
-    penalty, mass = (runs.curve(table, name) for name in ("penalty", "near_unit_mass"))
+    penalty, mass = (runs.curve(table, name) for name in ("penalty", "near_unit_mass/block0"))
     assert list(mass["step"]) == result.curves["spectra_step"]
     assert list(mass["value"]) == pytest.approx(result.curves["near_unit_mass"], rel=1e-4)
     assert list(penalty["step"]) == list(runs.curve(table, "loss")["step"]) and len(penalty) < 120
