@@ -4,12 +4,15 @@ Learning rate on a log axis, model size as a sequential hue, intervention as lin
 labels at the lines themselves.
 """
 
+import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import seaborn as sns
+from IPython.display import Image, display
 from matplotlib.axes import Axes
 from sklearn.isotonic import IsotonicRegression
 
@@ -351,6 +354,20 @@ def before_and_after(ax: Axes, table: pd.DataFrame, before: str, after: str, hue
     return ax
 
 
+def forecasts_by_group(ax: Axes, frame: pd.DataFrame, group: str, actual: str, forecasts: list[str]) -> Axes:
+    """Learning rates, one `group` a line from the top down: the column `actual` as bars across the line, each column of
+    `forecasts` as dots of its own colour and height, a dot a row."""
+    groups = list(frame[group].unique())[::-1]
+    heights = frame[group].map({name: height for height, name in enumerate(groups)})
+    ax.vlines(frame[actual], heights - 0.42, heights + 0.42, linewidth=2.5, color="0.2", label=actual)
+    for name, shift, colour in zip(forecasts, np.linspace(0.25, -0.25, len(forecasts)), sns.color_palette("deep"),
+                                   strict=False):
+        ax.scatter(frame[name], heights + shift, s=32, linewidths=0, alpha=0.8, color=colour, zorder=3, label=name)
+    ax.set(xscale="log", yticks=range(len(groups)), yticklabels=groups)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    return ax
+
+
 def pattern(ax: Axes, weights: list[list[float]], title: str) -> Axes:
     """One attention pattern [query][key] as an image."""
     ax.imshow(np.asarray(weights), cmap="rocket_r", vmin=0, vmax=1, interpolation="nearest")
@@ -370,7 +387,8 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, object]]) -> Axes:
 def show() -> None:
     """Display the current figure and nothing else, labels at line ends moved apart where they would overlap.
 
-    That can only be done last, when scales and limits are final.
+    That can only be done last, when scales and limits are final. The picture has 256 colours, which a reader cannot
+    tell from millions in a plot, and which make a notebook a third as large.
     """
     figure = plt.gcf()
     figure.canvas.draw()
@@ -380,7 +398,11 @@ def show() -> None:
         spread = _apart(heights, 1.25 * labels[0].get_fontsize() * figure.dpi / 72) if labels else heights
         for label, shift in zip(labels, (spread - heights) * 72 / figure.dpi, strict=True):
             label.set_position((6, shift))
-    plt.show()
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight")
+    plt.close(figure)
+    PIL.Image.open(drawn).convert("RGB").quantize(dither=PIL.Image.Dither.NONE).save(picture, "png", optimize=True)
+    display(Image(picture.getvalue()))
 
 
 def _apart(heights: np.ndarray, gap: float) -> np.ndarray:

@@ -1,0 +1,57 @@
+"""What `show` makes of a figure, and where marks and labels come to lie."""
+
+import io
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+
+from stability_lib import plotting
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    found = []
+    monkeypatch.setattr(plotting, "display", found.append)
+    return found
+
+
+def test_a_shown_figure_is_one_picture_of_few_colours_that_looks_as_drawn(shown):
+    figure, ax = plt.subplots()
+    ax.imshow(np.random.default_rng(0).uniform(size=(40, 40)), cmap="viridis")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight")
+    plotting.show()
+    (picture,) = shown
+    small, large = PIL.Image.open(io.BytesIO(picture.data)), PIL.Image.open(drawn).convert("RGB")
+    assert len(small.getcolors()) <= 256
+    assert np.abs(np.asarray(small.convert("RGB"), float) - np.asarray(large, float)).mean() < 3
+    assert len(picture.data) < len(drawn.getvalue()) / 2
+    assert not plt.get_fignums()
+
+
+def test_labels_at_line_ends_do_not_overlap(shown):
+    _, ax = plt.subplots()
+    ends = [(1.0, y, f"line {i}", "black") for i, y in enumerate((0.5, 0.5, 0.51, 0.9))]
+    plotting.label_ends(ax, ends).set(xlim=(0, 1), ylim=(0, 1))
+    plotting.show()
+    boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+
+
+def test_forecasts_lie_in_the_line_of_their_group_at_their_value():
+    frame = pd.DataFrame({"arm": ["b", "a", "b"], "limit": [0.1, 1.0, 0.2], "first": [0.3, 2.0, 0.4],
+                          "second": [0.5, 3.0, 0.6]})
+    _, ax = plt.subplots()
+    assert plotting.forecasts_by_group(ax, frame, "arm", "limit", ["first", "second"]) is ax
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    bars, *dots = ax.collections
+    assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [[0.1, 0.1], [1.0, 1.0], [0.2, 0.2]]
+    for name, points in zip(("first", "second"), dots, strict=True):
+        offsets = points.get_offsets()
+        assert offsets[:, 0].tolist() == frame[name].to_list()
+        assert np.round(offsets[:, 1]).tolist() == [1, 0, 1]
+    plt.close("all")
