@@ -126,9 +126,11 @@ CLAIMS = {
     "04_rksp_auroc": (
         Claim("KT1.near-unit-mass", "K Table 1", "the norm placements differ in near-unit mass at initialization",
               "M1 0.16, 0.66, 0.16, 0.00, 0.13, 0.80",
-              "mean distance of our M1 from Table 1's over its six norms, GPT-2's initialization", "<", 0.1),
+              "mean distance of our M1 from Table 1's over its six norms (DeepNorm as `deepnorm_pre`), GPT-2's "
+              "initialization", "<", 0.1),
         Claim("KT1.spectral-radius", "K Table 1", "and in spectral radius", "rho 2.29, 7.48, 2.28, 3.94, 2.23, 1.11",
-              "mean |log10 (our rho / Table 1's)| over its six norms, GPT-2's initialization", "<", 0.1),
+              "mean |log10 (our rho / Table 1's)| over its six norms (DeepNorm as `deepnorm_pre`), GPT-2's "
+              "initialization", "<", 0.1),
         Claim("KF1.radius-grows", "K Fig. 1", "early layers lie near the unit circle, late ones have a larger radius",
               "late layers larger", "rho of the last minus the first layer, Pre-LN at initialization", ">", 0.0),
         Claim("KT1.normed-stable", "K Table 1", "models with norms do not diverge",
