@@ -83,7 +83,7 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention, by default with rotary positions and qk-layernorm."""
+    """Multi-head self-attention, by default with rotary positions and qk-layernorm."""
 
     def __init__(self, config: RunConfig):
         super().__init__()

@@ -187,6 +187,13 @@ class RunConfig:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 and beta2 must be below 1, got {self.beta1} and {self.beta2}")
+        if self.reparametrization == "weight_norm" and self.parametrization == "mup_full":
+            raise ValueError("weight_norm trains directions, and the zero queries of mup_full have none: choose "
+                             "parametrization 'mup_intermediate'")
+        side = math.isqrt(self.seq_len)
+        if not self.causal and (side**2 != self.seq_len or side % self.patch_size):
+            raise ValueError(f"seq_len {self.seq_len} pixels are no square image in patches of {self.patch_size} x "
+                             f"{self.patch_size}: choose a seq_len that is the square of a multiple of patch_size")
 
     @property
     def d_head(self) -> int:

@@ -18,7 +18,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -170,9 +170,8 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str |
     stack, found = residual_layers(model, layers), []
     previous = rows = leading = None
 
-    def snapshot(values: tuple) -> Tensor:
+    def snapshot(h: Tensor | None) -> Tensor:
         nonlocal rows, leading
-        h = stream_states(values)
         if h is None or leading not in (None, h.shape[:-1]):
             what = "no states [..., D]" if h is None else f"states {tuple(h.shape)} after {tuple(leading)}"
             raise ProfileError(f"layer {len(found)} passes on {what}: name layers that pass the same token states on")
@@ -183,12 +182,11 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str |
     def enter(module, args, kwargs):
         nonlocal previous
         if previous is None:
-            previous = snapshot((*args, kwargs.get("hidden_states"), *kwargs.values()))
+            previous = snapshot(input_states(args, kwargs))
 
     def leave(module, args, output):
         nonlocal previous
-        output = tuple(output.values()) if isinstance(output, Mapping) else output
-        current = snapshot(output if isinstance(output, (tuple, list)) else (output,))
+        current = snapshot(stream_states(output))
         found.append(layer_profile(previous, current, layer=len(found), rank=rank, eps=eps, cutoff=cutoff,
                                    thresholds=thresholds, kreiss=kreiss, seed=seed))
         previous = current
@@ -240,9 +238,16 @@ def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None =
     return list(model.get_submodule(ranked[0]))
 
 
-def stream_states(values: Iterable) -> Tensor | None:
-    """The stream's states [..., D] among a layer's arguments or outputs: the first that fits; None: none does."""
+def stream_states(output) -> Tensor | None:
+    """The stream's states [..., D] in a layer's output, a tensor or several: the first that fits; None: none does."""
+    values = output.values() if isinstance(output, Mapping) else output
+    values = [values] if isinstance(values, Tensor) or values is None else values
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 2), None)
+
+
+def input_states(args: tuple, kwargs: Mapping) -> Tensor | None:
+    """The stream's states among a layer's arguments, as `stream_states`."""
+    return stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
 
 
 def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, layer: int = 0, rank: int | None = None,

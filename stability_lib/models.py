@@ -103,9 +103,6 @@ class VisionTransformer(Decoder):
     def __init__(self, config: RunConfig, classes: int):
         super().__init__(config, classes)
         self.patch, self.side = config.patch_size, math.isqrt(config.seq_len)
-        if self.side**2 != config.seq_len or self.side % self.patch:
-            raise ValueError(f"seq_len {config.seq_len} pixels are no square image in patches of {self.patch} x "
-                             f"{self.patch}: choose a seq_len that is the square of a multiple of patch_size")
         self.embed = nn.Linear(self.patch**2, config.d_model, bias=False)
 
     def forward(self, pixels_BxT: Tensor) -> Tensor:
@@ -136,9 +133,6 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
         if config.parametrization == "mup_full":
             for block in model.blocks:
                 block.attention.qkv.weight[: config.d_model].zero_()
-    if config.reparametrization == "weight_norm" and config.parametrization == "mup_full":
-        raise ValueError("weight_norm trains directions, and the zero queries of mup_full have none: choose "
-                         "parametrization 'mup_intermediate'")
     if config.reparametrization != "none":
         wrap = getattr(nn.utils.parametrizations, config.reparametrization)
         with torch.random.fork_rng(devices=[]):
@@ -168,14 +162,16 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 
 
 def n_params(config: RunConfig) -> int:
-    """Paper P's N, all parameters but the embedding and the head, less the norm gains (under 3%): so a size has one
-    N with and without qk-norm."""
+    """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%) and
+    learned positions: so a size has one N with and without qk-norm."""
     return config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2
 
 
 def training_flops(config: RunConfig, vocab_size: int) -> float:
     """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
-    backward, and 12 D T per block and token for attention scores and mixing."""
+    backward, and 12 D T per block and token for attention scores and mixing; all that twice under SAM, and three times
+    where the gradient's norm is differentiated. Probes, profiles and penalties on layers are not counted."""
     matrices = n_params(config) + config.d_model * vocab_size
     per_token = 6 * matrices + 12 * config.n_layers * config.d_model * config.length
-    return per_token * config.batch_size * config.length * config.steps
+    passes = (2 if config.sam_rho else 1) * (3 if config.gradient_penalty else 1)
+    return passes * per_token * config.batch_size * config.length * config.steps

@@ -1,11 +1,11 @@
 """One look for every figure, and functions that draw on an axis and return it.
 
-Learning rate on a log axis, model size as a sequential hue, intervention as line style, 95% intervals as bands,
-labels at the lines themselves.
+Learning rate on a log axis, model size as a sequential hue, intervention as line style, 95% intervals as bands where
+nothing else is said, labels at the lines themselves.
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,13 +19,14 @@ from sklearn.isotonic import IsotonicRegression
 from .evaluate import extrapolate, mean
 from .runs import curve
 
-LINE = {"none": "--", "head": "-", "model": ":"}
-"""Line style by qk-norm: dashed without."""
+LINE = {"none": "--", "head": "-", "model": ":", "neither": "--", "z-loss": "-", "weight decay": ":",
+        "without KSS": "--", "with KSS": "-"}
+"""Line style by qk-norm, by what holds the output logits, by KSS: dashed without."""
 QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
 PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
                          "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
-CURE_LINE = {"neither": "--", "z-loss": "-", "weight decay": ":"}
-"""Line style by what holds the output logits: dashed with nothing."""
+CURES = dict(zip(("neither", "z-loss", "weight decay"), sns.color_palette("dark"), strict=False))
+"""A colour by what holds the output logits, the same in every figure."""
 
 _END = "line end"
 
@@ -38,16 +39,10 @@ def use_style() -> None:
         "figure.constrained_layout.use": True, "lines.linewidth": 2})
 
 
-def size_colours(sizes: pd.Series) -> dict[int, tuple]:
-    """A colour per parameter count, darker for larger models."""
-    ordered = sorted(sizes.unique())
-    return dict(zip(ordered, sns.color_palette("crest", len(ordered)), strict=True))
-
-
-def lr_colours(lrs: pd.Series) -> dict[float, tuple]:
-    """A colour per learning rate, darker for higher ones."""
-    ordered = sorted(lrs.unique())
-    return dict(zip(ordered, sns.color_palette("flare", len(ordered)), strict=True))
+def shades(numbers: pd.Series, palette: str = "flare") -> dict[float, tuple]:
+    """A colour per number, darker for larger ones; sizes have the palette `crest`."""
+    ordered = sorted(numbers.unique())
+    return dict(zip(ordered, sns.color_palette(palette, len(ordered)), strict=True))
 
 
 def size_label(n: float) -> str:
@@ -58,40 +53,47 @@ def size_label(n: float) -> str:
     return f"{n:.0f}"
 
 
-def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval", size: str = "n_params") -> Axes:
-    """Mean over seeds of y against x, a line per size and qk-norm that carries its size at the right end.
+def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str | None = None, name: str = "",
+          palette: dict | None = None, band: str = "interval", name_lines: bool = True, **drawn) -> Axes:
+    """Mean over seeds of y against x, a line per value of the column `hue`, which stands at its right end.
 
-    `frame` has `size`, `qk_norm`, `seed`, x and y. The band is the 95% t interval, or the `range` of the seeds.
+    Numbers are darker the larger they are, and get `name` before them; `n_params` and `d_model` count as sizes. Strings
+    keep the order of their first appearance, or the colours of `palette`. `style` is a column of keys of `LINE`. The
+    `band` is the 95% t `interval` of the mean, the `range` of the seeds, or about the median their `middle` 80%.
+    `drawn` goes to seaborn's lineplot.
     """
-    colours, ends = size_colours(frame[size]), []
-    for (n, qk), group in frame.groupby([size, "qk_norm"]):
-        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[n], errorbar=_BANDS[band], legend=False,
-                     linestyle=LINE[qk], err_kws={"alpha": 0.18, "linewidth": 0})
+    sizes, numeric = hue in ("n_params", "d_model"), pd.api.types.is_numeric_dtype(frame[hue])
+    names = [] if numeric else frame[hue].unique()
+    colours = palette or (shades(frame[hue], "crest" if sizes else "flare") if numeric else
+                          dict(zip(names, sns.color_palette("dark", len(names)), strict=True)))
+    styled, ends, (centre, errorbar) = style not in (None, hue) and frame[style].nunique() > 1, [], _BANDS[band]
+    for (value, *line), group in frame.groupby([hue, style] if style not in (None, hue) else [hue], sort=numeric):
+        text = size_label(value) if sizes else f"{name} {value:g}".strip() if numeric else QK_LABEL.get(value, value)
+        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[value], estimator=centre, errorbar=errorbar, legend=False,
+                     linestyle=LINE[line[0] if line else value] if style else "-",
+                     err_kws={"alpha": 0.15, "linewidth": 0}, **drawn)
         last = group[group[x] == group[x].max()]
-        ends.append((last[x].iloc[0], last[y].mean(), size_label(n), colours[n]))
-    return label_ends(ax, ends)
+        ends.append((last[x].iloc[0], last[y].agg(centre), f"{text}, {QK_LABEL[line[0]]}" if styled else text,
+                     colours[value]))
+    return label_ends(ax, ends) if name_lines else ax
 
 
 def loss_against_lr(ax: Axes, runs: pd.DataFrame, *, size: str = "n_params") -> Axes:
-    """Final loss (capped at the loss at init) against the learning rate, a line per `size`; `runs` needs the column
-    `loss`."""
-    lines(ax, runs, "lr", "loss", size=size)
+    """Final loss (capped at the loss at init) against the learning rate, a line per `size`, dashed without qk-norm;
+    `runs` needs the column `loss`."""
+    lines(ax, runs, "lr", "loss", size, style="qk_norm")
     ax.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
     return ax
 
 
 def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
     """A number per seed against the parameter count N: seeds as dots (hollow without qk-norm), mean, 95% interval."""
-    colour, ends = "0.25", []
-    for qk, group in frame.groupby("qk_norm"):
-        sns.lineplot(group, x="n_params", y=y, ax=ax, color=colour, errorbar=_interval, legend=False, marker="",
-                     linestyle=LINE[qk], err_kws={"alpha": 0.12, "linewidth": 0})
-        ax.scatter(group["n_params"], group[y], s=24, facecolors="white" if qk == "none" else colour, edgecolors=colour,
-                   zorder=3)
-        last = group[group["n_params"] == group["n_params"].max()]
-        ends.append((last["n_params"].iloc[0], last[y].mean(), QK_LABEL[qk], colour))
+    lines(ax, frame, "n_params", y, "qk_norm", style="qk_norm", palette=dict.fromkeys(QK_LABEL, "0.25"),
+          name_lines=name_lines)
+    hollow = frame["qk_norm"] == "none"
+    ax.scatter(frame["n_params"], frame[y], s=24, c=np.where(hollow, "white", "0.25"), edgecolors="0.25", zorder=3)
     size_axis(ax, frame["n_params"]).set_ylabel(label)
-    return label_ends(ax, ends) if name_lines else ax
+    return ax
 
 
 def size_axis(ax: Axes, sizes: pd.Series) -> Axes:
@@ -100,8 +102,14 @@ def size_axis(ax: Axes, sizes: pd.Series) -> Axes:
     for n in sorted(sizes.unique()):
         if not ticks or n > 1.25 * ticks[-1]:
             ticks.append(n)
-    ax.set(xscale="log", xlabel="parameters N without embedding and head")
-    ax.set_xticks(ticks, [size_label(n) for n in ticks])
+    ax.set_xlabel("parameters N without embedding and head")
+    return log_ticks(ax, ticks, size_label)
+
+
+def log_ticks(ax: Axes, ticks: Iterable[float], text: Callable = "{:g}".format) -> Axes:
+    """A log x axis with a tick at each of `ticks` and nowhere else."""
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(ticks), [text(tick) for tick in sorted(ticks)])
     ax.minorticks_off()
     return ax
 
@@ -113,22 +121,17 @@ def by_arm(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, name_lines: bool = 
     """
     known = list(PARAMETRIZATION_LABEL.values())  # so that an arm keeps its colour from figure to figure
     arms = [*known, *(arm for arm in frame["arm"].unique() if arm not in known)]
-    colours = dict(zip(arms, sns.color_palette("dark"), strict=False))
-    ends, both = [], frame["qk_norm"].nunique() > 1
-    for (arm, qk), group in frame.groupby(["arm", "qk_norm"], sort=False):
-        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[arm], errorbar=_interval, legend=False,
-                     linestyle=LINE[qk], err_kws={"alpha": 0.12, "linewidth": 0})
-        last = group[group[x] == group[x].max()]
-        ends.append((last[x].iloc[0], last[y].mean(), f"{arm}, {QK_LABEL[qk]}" if both else arm, colours[arm]))
-    ax.set_xscale("log")
-    return label_ends(ax, ends) if name_lines else ax
+    palette = dict(zip(arms, sns.color_palette("dark", len(arms)), strict=True))
+    lines(ax, frame, x, y, "arm", style="qk_norm", palette=palette, name_lines=name_lines).set_xscale("log")
+    return ax
 
 
 def against_width(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
     """`by_arm` with the width on the x axis."""
     by_arm(ax, frame, "d_model", y, name_lines=name_lines)
     ax.set_ylabel(label)
-    return _width_axis(ax, frame["d_model"])
+    ax.set_xlabel("width (d_model)")
+    return log_ticks(ax, frame["d_model"].unique())
 
 
 def coordinate_check(ax: Axes, moves: pd.DataFrame) -> Axes:
@@ -142,86 +145,23 @@ def coordinate_check(ax: Axes, moves: pd.DataFrame) -> Axes:
             power = np.polyfit(np.log(group["width"]), np.log(group["change"]), 1)[0].round(2) + 0.0
             ends.append((group["width"].iloc[-1], group["change"].iloc[-1], f"{name}: {power:+.2f}", colours[name]))
     ax.set_yscale("log")
-    return label_ends(_width_axis(ax, moves["width"]), ends)
+    ax.set_xlabel("width (d_model)")
+    return label_ends(log_ticks(ax, moves["width"].unique()), ends)
 
 
-def _width_axis(ax: Axes, widths: pd.Series) -> Axes:
-    ax.set(xscale="log", xlabel="width (d_model)")
-    ax.set_xticks(sorted(widths.unique()), [str(width) for width in sorted(widths.unique())])
-    ax.minorticks_off()
+def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str, hue: str = "lr", *, style: str | None = None,
+                  band: str = "range", name_lines: bool = True) -> Axes:
+    """One recorded quantity over training, as `lines`."""
+    lines(ax, curve(runs, quantity).dropna(subset="value"), "step", "value", hue, style=style, band=band,
+          name="LR" if hue == "lr" else "", name_lines=name_lines)
+    ax.set(xlabel="training step", ylabel=label)
     return ax
-
-
-def graded(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, label: str | None = None, band: str = "interval",
-           name_lines: bool = True) -> Axes:
-    """Mean over seeds of y against x, a line per value of the number `hue` (learning rate, eps), darker the larger it
-    is, with `label` (default: hue's name) and value at the right end. Bands as in `lines`."""
-    values, ends = sorted(frame[hue].unique()), []
-    for value, colour in zip(values, sns.color_palette("flare", len(values)), strict=True):
-        group = frame[frame[hue] == value]
-        sns.lineplot(group, x=x, y=y, ax=ax, color=colour, errorbar=_BANDS[band], legend=False,
-                     err_kws={"alpha": 0.18, "linewidth": 0})
-        last = group[group[x] == group[x].max()]
-        ends.append((last[x].iloc[0], last[y].mean(), f"{label or hue} {value:g}", colour))
-    return label_ends(ax, ends) if name_lines else ax
-
-
-def by_cure(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, band: str = "interval", name_lines: bool = True) -> Axes:
-    """Mean over seeds of y against x, a line per `cure` (a key of `CURE_LINE`). Bands as in `lines`."""
-    ends, colours = [], dict(zip(CURE_LINE, sns.color_palette("dark"), strict=False))
-    for cure, group in frame.groupby("cure", sort=False):
-        sns.lineplot(group, x=x, y=y, ax=ax, color=colours[cure], errorbar=_BANDS[band], legend=False,
-                     linestyle=CURE_LINE[cure], err_kws={"alpha": 0.15, "linewidth": 0})
-        last = group[group[x] == group[x].max()]
-        ends.append((last[x].iloc[0], last[y].mean(), cure, colours[cure]))
-    return label_ends(ax, ends) if name_lines else ax
-
-
-def over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str) -> Axes:
-    """One recorded quantity over training: mean over seeds and their whole range, a line per LR and qk-norm."""
-    frame, ends = curve(runs, quantity), []
-    colours = lr_colours(frame["lr"])
-    for (lr, qk), group in frame.groupby(["lr", "qk_norm"]):
-        sns.lineplot(group, x="step", y="value", ax=ax, color=colours[lr], errorbar=_BANDS["range"], legend=False,
-                     linestyle=LINE[qk], err_kws={"alpha": 0.2, "linewidth": 0})
-        last = group[group["step"] == group["step"].max()]
-        ends.append((last["step"].iloc[0], last["value"].mean(), f"LR {lr:g} {QK_LABEL[qk]}", colours[lr]))
-    ax.set(xlabel="training step", ylabel=label)
-    return label_ends(ax, ends)
-
-
-def arms_over_training(ax: Axes, runs: pd.DataFrame, quantity: str, label: str, *, name_lines: bool = True) -> Axes:
-    """One recorded quantity over training: the median and the 10th to 90th percentile of the runs still alive, a line
-    per `arm`."""
-    frame, ends = curve(runs, quantity).dropna(subset="value"), []
-    for (arm, group), colour in zip(frame.groupby("arm", sort=False), sns.color_palette("dark"), strict=False):
-        sns.lineplot(group, x="step", y="value", ax=ax, color=colour, estimator="median", errorbar=("pi", 80),
-                     legend=False, err_kws={"alpha": 0.15, "linewidth": 0})
-        last = group[group["step"] == group["step"].max()]
-        ends.append((last["step"].iloc[0], last["value"].median(), arm, colour))
-    ax.set(xlabel="training step", ylabel=label)
-    return label_ends(ax, ends) if name_lines else ax
-
-
-def arms_against_lr(ax: Axes, runs: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
-    """y against the learning rate: mean over seeds and their whole range, a line per `arm`."""
-    ends = []
-    for (arm, group), colour in zip(runs.groupby("arm", sort=False), sns.color_palette("dark"), strict=False):
-        sns.lineplot(group, x="lr", y=y, ax=ax, color=colour, marker="o", errorbar=_BANDS["range"], legend=False,
-                     err_kws={"alpha": 0.15, "linewidth": 0})
-        last = group[group["lr"] == group["lr"].max()]
-        ends.append((last["lr"].iloc[0], last[y].mean(), arm, colour))
-    lrs = sorted(runs["lr"].unique())
-    ax.set(xscale="log", xlabel="learning rate", ylabel=label)
-    ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-    ax.minorticks_off()
-    return label_ends(ax, ends) if name_lines else ax
 
 
 def logit_forecast(ax: Axes, runs: pd.DataFrame, value: str, fitted: Iterable[int]) -> Axes:
     """`value` of each run against the parameter count, a colour per LR, crosses where `failing`; the quadratic in logs
     through the sizes `fitted`, dashed beyond them; 1e4 dotted (paper P, Fig. 9)."""
-    colours, ends = lr_colours(runs["lr"]), []
+    colours, ends = shades(runs["lr"]), []
     last, at = max(fitted), np.geomspace(runs["n_params"].min(), runs["n_params"].max(), 61)
     for lr, group in runs.groupby("lr"):
         for failing, marker in ((False, "o"), (True, "x")):
@@ -303,26 +243,6 @@ def dose_response(ax: Axes, table: pd.DataFrame, y: str) -> Axes:
     return ax
 
 
-def named_dots(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> Axes:
-    """A dot per row of the frame with its index as label, right of it."""
-    ax.scatter(frame[x], frame[y], color="0.25", s=24)
-    return label_ends(ax, [(row[x], row[y], name, "0.25") for name, row in frame.iterrows()])
-
-
-def without_and_with_kss(ax: Axes, runs: pd.DataFrame, y: str, *, name_lines: bool = True) -> Axes:
-    """Mean over seeds of y against the learning rate, on an axis already in logs, with its 95% interval, dashed without
-    KSS and solid with it. `runs` has `shaping`, `lr`, `seed` and y."""
-    ends, colours = [], sns.color_palette("dark")
-    for shaped, group in runs.groupby(runs["shaping"] != "none"):
-        sns.lineplot(group, x="lr", y=y, ax=ax, color=colours[shaped], errorbar=_interval, legend=False, marker="o",
-                     markersize=5, markeredgewidth=0, linestyle="-" if shaped else "--",
-                     err_kws={"alpha": 0.15, "linewidth": 0})
-        last = group[group["lr"] == group["lr"].max()]
-        ends.append((last["lr"].iloc[0], last[y].mean(), "with KSS" if shaped else "without", colours[shaped]))
-    ax.set_xlabel("learning rate")
-    return label_ends(ax, ends) if name_lines else ax
-
-
 def rates_against_lr(ax: Axes, table: pd.DataFrame) -> Axes:
     """Divergence rates of `evaluate.divergence_rates` by `shaping` and `lr` against the learning rate, with their exact
     intervals, dashed without KSS and solid with it."""
@@ -335,10 +255,8 @@ def rates_against_lr(ax: Axes, table: pd.DataFrame) -> Axes:
         ends.append((group["lr"].iloc[-1], 100 * group["rate"].iloc[-1], "without" if shaping == "none" else "with KSS",
                      colour))
     lrs = sorted(table.reset_index()["lr"].unique())
-    ax.set(xscale="log", xlabel="learning rate", ylim=(-4, 104))
-    ax.set_xticks(lrs[::max(1, len(lrs) // 3)], [f"{lr:g}" for lr in lrs[::max(1, len(lrs) // 3)]])
-    ax.minorticks_off()
-    return label_ends(ax, ends)
+    ax.set(xlabel="learning rate", ylim=(-4, 104))
+    return label_ends(log_ticks(ax, lrs[::max(1, len(lrs) // 3)]), ends)
 
 
 def before_and_after(ax: Axes, table: pd.DataFrame, before: str, after: str, hue: str) -> Axes:
@@ -419,4 +337,4 @@ def _interval(values) -> tuple[float, float]:
     return (estimate.low, estimate.high) if estimate.n > 1 else (estimate.value, estimate.value)
 
 
-_BANDS = {"interval": _interval, "range": ("pi", 100)}
+_BANDS = {"interval": ("mean", _interval), "range": ("mean", ("pi", 100)), "middle": ("median", ("pi", 80))}

@@ -45,7 +45,7 @@ FRESH_SINCE = "STABILITY_LIB_FRESH_SINCE"
 """Set to an ISO time (the batch runner does): `recompute` leaves alone what was trained since, so that chapters which
 share runs train them once."""
 OUTCOME = ("status", "stop_step", "reason", "loss_init", "loss_final", "curves", "patterns")
-"""What a row holds besides schema, key, config and provenance."""
+"""What every row holds besides schema, key, config and provenance (newer ones also `accuracy_final`)."""
 
 
 class StoreError(RuntimeError):
@@ -274,7 +274,8 @@ def promote(study: str, configs: Iterable[RunConfig], rows: dict[str, dict]) -> 
 
 
 def estimate_seconds(configs: list[RunConfig], device: str) -> float:
-    """About how long `configs` take one after the other here: a + b FLOPs per step, from two short measurements."""
+    """About how long `configs` take one after the other here: a + b FLOPs per step, from two short measurements.
+    What `models.training_flops` does not count comes on top."""
     overhead, per_flop = _step_cost(device)
     return sum(config.steps * overhead + per_flop * models.training_flops(config, data.vocab_size(config))
                for config in configs)
@@ -411,17 +412,22 @@ def _machine() -> dict:
             "commit": commit(), "platform": platform.platform()}
 
 
-@functools.cache
-def commit() -> str | None:
-    """The checkout's commit, `-dirty` where files differ from it; None outside a checkout of this project."""
+def commit(of: str = "HEAD") -> str | None:
+    """The checkout's commit, `-dirty` where the library differs from it; None outside a checkout of this project.
+
+    `of` may be another name of git's: `HEAD:./stability_lib` tells versions of the library apart, whatever else
+    changed.
+    """
     root = project_root()
     if not (root / "pyproject.toml").exists():
         return None
-    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        name, changed = (subprocess.run(["git", "-C", str(root), *git], capture_output=True, text=True, timeout=10,
+                                        check=True).stdout.strip()
+                         for git in (["rev-parse", "--short=12", of], ["status", "--porcelain", "stability_lib"]))
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{name}-dirty" if changed else name
 
 
 # writing

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CHOICES, RunConfig, unknown
-from .koopman import residual_layers, stream_states
+from .koopman import input_states, residual_layers, stream_states
 from .probes import full_precision
 
 ROUNDING = 1e-6
@@ -100,7 +100,7 @@ class KSS:
         self.steps = self.applied = self.skipped = 0
         self._layers = list(dict.fromkeys(residual_layers(model, layers)))
         self._generator = torch.Generator().manual_seed(self.settings.seed)
-        self._states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._states: dict[nn.Module, tuple[Tensor, Tensor, tuple, dict]] = {}
         self._draw()
         self._hooks = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self._layers]
 
@@ -128,9 +128,10 @@ class KSS:
             raise RuntimeError("no states were seen since the last penalty: call it after a forward pass in training "
                                "mode with gradients, and kss.step() once after each optimizer.step()")
         values = []
-        for layer, (x, y) in states.items():
+        for layer, (x, y, args, kwargs) in states.items():
             with full_precision(x.device.type):
-                value = self._measure(layer, x, y)
+                jacobian = self.settings.penalty == "jacobian"
+                value = self._jacobian(layer, x, args, kwargs) if jacobian else self._measure(x, y)
             if value is None or not bool(value.isfinite()):
                 self.skipped += 1
             else:
@@ -157,21 +158,17 @@ class KSS:
 
     def _keep(self, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if self.due and layer in self._drawn and layer.training and torch.is_grad_enabled():
-            output = tuple(output.values()) if isinstance(output, Mapping) else output
-            x = stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
-            y = stream_states(output if isinstance(output, (tuple, list)) else (output,))
+            x, y = input_states(args, kwargs), stream_states(output)
             if x is None or y is None or x.shape != y.shape:
                 raise ValueError(f"{type(layer).__name__} does not map states [..., D] to states of the same shape: "
                                  "name layers that do with layers=")
-            self._states[layer] = x, y
+            self._states[layer] = x, y, args, kwargs
 
     def _random(self, *shape: int, like: Tensor) -> Tensor:
         return torch.randn(*shape, generator=self._generator).to(like)
 
-    def _measure(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    def _measure(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The penalty on one layer's states; None where it cannot be had."""
-        if self.settings.penalty == "jacobian":
-            return self._jacobian(layer, x)
         x_NxD, y_NxD = x.flatten(0, -2), y.flatten(0, -2)
         if self.settings.snapshots is not None and len(x_NxD) > self.settings.snapshots:
             rows = torch.randperm(len(x_NxD), generator=self._generator)[: self.settings.snapshots].to(x.device)
@@ -191,11 +188,19 @@ class KSS:
                              self.settings.condition_max)
         return None if values is None else spectrum_penalty(values, self.settings).to(x_NxD)
 
-    def _jacobian(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Both passes here, as under autocast the rounding of y exceeds the difference."""
+    def _jacobian(self, layer: nn.Module, x: Tensor, args: tuple, kwargs: Mapping) -> Tensor:
+        """Both passes here, as under autocast the rounding of y exceeds the difference, and with the same random
+        numbers, as otherwise dropout would."""
         size = 1e-2 * x.detach().square().mean().sqrt()
-        found = (layer.forward(states) for states in (x, x + size * self._random(*x.shape, like=x)))
-        y, moved = (stream_states(output if isinstance(output, (tuple, list)) else (output,)) for output in found)
+        nearby = x + size * self._random(*x.shape, like=x)
+
+        def through(states: Tensor) -> Tensor:
+            put = lambda value: states if value is x else value  # noqa: E731
+            with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+                torch.manual_seed(self.settings.seed + self.steps)
+                return stream_states(layer.forward(*map(put, args), **{name: put(v) for name, v in kwargs.items()}))
+
+        y, moved = through(x), through(nearby)
         return ((moved - y) / size).square().mean()
 
 

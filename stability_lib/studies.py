@@ -274,8 +274,8 @@ def kss_readings(scale: str) -> list[RunConfig]:
 
 
 def kss_ablations(scale: str) -> list[RunConfig]:
-    """Chapter 05: one term of KSS alone, and other penalties on the same states, each at alpha 5 and at an alpha that
-    gives the same gradient at initialization (paper K, Table 6)."""
+    """Chapter 05: one term of KSS alone, and other penalties on the same states, at alpha 5 and, but for the unstable
+    term, at an alpha that gives the same gradient at initialization (paper K, Table 6)."""
     arms = [dict(shaping="unstable"), *(dict(shaping=name, shaping_alpha=alpha) for name, matched in
                                         PENALTY_ALPHAS.items() for alpha in (5.0, matched))]
     if scale == "quick":

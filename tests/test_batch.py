@@ -1,14 +1,17 @@
 """The batch runner checks before it runs, goes on after failures and tells the truth about them."""
 
+import math
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
+import pandas as pd
 import pytest
 
 from stability_lib import batch, claims, runs, studies
 from stability_lib.__main__ import main
-from stability_lib.config import RunConfig, run_key
+from stability_lib.config import RunConfig, replace, run_key
 
 PARAMETERS = 'scale = "cpu"\ndevice = "auto"\nrecompute = "missing"'
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
@@ -134,6 +137,69 @@ def test_no_two_runs_of_a_grid_are_the_same():
 
 def test_every_study_belongs_to_a_chapter():
     assert {study for chapter in studies.CHAPTERS.values() for study in chapter} == set(studies.STUDIES)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A clean checkout of its own with a library of one file and two studies of one short run each."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "stability_lib").mkdir()
+    (tmp_path / "data" / "runs").mkdir(parents=True)
+    (tmp_path / "stability_lib" / "a.py").write_text("1")
+    (tmp_path / "pyproject.toml").write_text("")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    tiny = RunConfig(d_model=16, n_layers=1, n_heads=2, seq_len=12, steps=2, warmup_steps=0, eval_sequences=8)
+    monkeypatch.setattr(studies, "STUDIES", {name: lambda scale, seed=seed: [replace(tiny, seed=seed)]
+                                             for seed, name in enumerate(("one", "two"))})
+    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    monkeypatch.delenv("STABILITY_LIB_RUNS", raising=False)
+    monkeypatch.setenv(runs.HEADLESS, "1")
+    runs._machine.cache_clear()
+    yield tmp_path
+    runs._machine.cache_clear()
+
+
+def test_an_interrupted_reference_goes_on_where_it_stopped(checkout, monkeypatch, capsys):
+    train = runs.ensure
+    monkeypatch.setattr(runs, "ensure", lambda configs, store, **options: train(
+        configs, store, executor=ThreadPoolExecutor(1), **options) if store.local.stem == "one" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batch.recompute_reference(["one", "two"], "cpu")
+    assert (checkout / "data" / "runs" / "one.jsonl").exists()  # which makes the checkout differ from its commit
+    monkeypatch.setattr(runs, "ensure", lambda *args, **options: train(
+        *args, executor=ThreadPoolExecutor(1), **options))
+    capsys.readouterr()
+    batch.recompute_reference(["one", "two"], "cpu")
+    printed = capsys.readouterr().out
+    assert "one: all 1 runs are cached" in printed and "two: 0 of 1 runs are cached" in printed
+    assert not [*checkout.glob("data/runs/local/*/*.jsonl")]
+    (row,) = runs.read(checkout / "data" / "runs" / "two.jsonl").values()
+    assert row["provenance"]["commit"] == runs.commit() and "dirty" not in runs.commit()
+
+
+def test_a_reference_by_code_that_is_in_no_commit_is_refused(checkout):
+    (checkout / "stability_lib" / "a.py").write_text("2")
+    assert runs.commit().endswith("-dirty")
+    with pytest.raises(runs.StoreError, match=r"in no commit.*commit or stash"):
+        batch.recompute_reference(["one"], "cpu")
+
+
+@pytest.mark.parametrize("logits, loss, agrees", [
+    ((10.0, 10.0), 0.01, True), ((10.0, 10.0), 0.1, False), ((1e5, 2e5), 0.1, True), ((1e5, 4e5), 0.1, False),
+    ((1e5, 1e5), 0.4, False), ((math.nan, math.nan), 0.1, True), ((math.nan, math.nan), 0.4, False)])
+def test_the_audit_is_as_strict_as_a_run_is_stable(monkeypatch, logits, loss, agrees):
+    """Logits at their peak and how far the loss is off, before and again."""
+    row = dict(key="x", status="ok")
+    frames = iter([pd.DataFrame([row | dict(loss_final=2.0)]), pd.DataFrame([row | dict(loss_final=2.0 + loss)])])
+    peaks = iter(logits)
+    monkeypatch.setattr(studies, "STUDIES", {"first_look": lambda scale: studies.first_look(scale)[:1]})
+    monkeypatch.setattr(runs, "ensure", lambda *args, **options: next(frames))
+    monkeypatch.setattr(runs, "train_run", lambda *args: None)
+    monkeypatch.setattr(runs, "to_row", lambda *args: None)
+    monkeypatch.setattr(runs, "frame", lambda rows: next(frames))
+    monkeypatch.setattr(runs, "peak", lambda *args: pd.Series([next(peaks)]))
+    assert batch.audit(1, tolerance=0.02, device="cpu")["agrees"].to_list() == [agrees]
 
 
 @pytest.mark.slow

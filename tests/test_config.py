@@ -30,7 +30,7 @@ OTHER = {
     "seed": 1, "data": "c4", "vocab_size": 200, "seq_len": 32, "batch_size": 16, "eval_sequences": 64, "d_model": 128,
     "n_layers": 2, "n_heads": 2, "mlp_ratio": 2, "qk_norm": "none", "attention": "squared_relu",
     "attention_scale": "1/d_h", "logit_transplant": 100.0, "rope_base": 5e5, "layernorm_eps": 1e-5,
-    "parametrization": "mup_full", "base_width": 64, "lr": 0.3, "steps": 500, "warmup_steps": 0, "lr_final": 0.0,
+    "parametrization": "mup_simple", "base_width": 64, "lr": 0.3, "steps": 500, "warmup_steps": 0, "lr_final": 0.0,
     "beta1": 0.0, "beta2": 0.99, "eps": 1e-15, "weight_decay": 0.1, "decay": "pytorch", "clip_norm": None,
     "z_loss": 0.0, "precision": "bf16", "diverge_loss": 20.0, "diverge_grad_norm": 1e3, "probe_every": 1,
     "attention_maps": 8, "norm": "no_norm", "positions": "learned", "biases": True, "init": "gpt2", "recall_pairs": 2,

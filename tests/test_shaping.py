@@ -396,6 +396,26 @@ def test_the_jacobian_penalty_is_as_good_under_autocast():
     assert float(half.detach()) == pytest.approx(float(exact.detach()), rel=1e-3)
 
 
+def test_the_jacobian_penalty_is_of_the_layer_as_it_was_called():
+    """Its other arguments are kept, whatever it returns, and dropout drops the same in both passes."""
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(8, 8), nn.Dropout(0.5)
+
+        def forward(self, scale, hidden_states=None):
+            return {"hidden_states": self.dropout(scale * self.linear(hidden_states))}
+
+    layer, x = Layer(), torch.randn(4000, 8)
+    with KSS(layer, Settings(penalty="jacobian", alpha=1.0, every=1), layers=[layer]) as kss:
+        layer(3.0, hidden_states=x)
+        random_state = torch.get_rng_state()
+        penalty = float(kss.penalty().detach())
+        assert torch.equal(torch.get_rng_state(), random_state)
+    # a mask of zeros and twos has the mean square 2
+    assert penalty == pytest.approx(2 * 9 * float(layer.linear.weight.detach().square().sum() / 8), rel=0.1)
+
+
 # in a training loop
 
 @pytest.fixture
