@@ -6,6 +6,7 @@ A field of `RunConfig` is what can determine the result of a run, and therefore 
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -172,12 +173,11 @@ class RunConfig:
                     raise ValueError(f"{name} must be {least}, got {value}")
         if self.d_model % 2:
             raise ValueError(f"d_model {self.d_model} is odd: rotary positions turn pairs, choose an even one")
-        fitting = _listed([h for h in range(1, self.d_model + 1) if self.d_model % (2 * h) == 0])
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}: choose one of {fitting}")
-        if self.d_head % 2:
-            raise ValueError(f"n_heads {self.n_heads} makes the head size d_model / n_heads = {self.d_head} odd: "
-                             f"rotary positions turn pairs, choose one of {fitting}")
+        if self.d_model % (2 * self.n_heads):
+            fitting = _listed([h for h in range(1, self.d_model + 1) if self.d_model % (2 * h) == 0])
+            what = (f"does not divide d_model {self.d_model}:" if self.d_model % self.n_heads else
+                    f"makes the head size d_model / n_heads = {self.d_head} odd: rotary positions turn pairs,")
+            raise ValueError(f"n_heads {self.n_heads} {what} choose one of {fitting}")
         if self.attention_maps > (self.steps if self.n_layers else 0):
             raise ValueError(f"attention_maps {self.attention_maps} needs a block to look at and as many steps: "
                              f"choose at most {self.steps if self.n_layers else 0}")
@@ -284,13 +284,9 @@ def _listed(names: Iterable) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
-_types: dict[str, object] = {}
-
-
+@functools.cache
 def _field_types() -> dict[str, object]:
-    if not _types:
-        _types.update(typing.get_type_hints(RunConfig))
-    return _types
+    return typing.get_type_hints(RunConfig)
 
 
 def _coerce(name: str, value, kind):

@@ -4,7 +4,7 @@ Every estimate is an `Estimate`: a value with a 95% interval. Nothing here train
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -185,15 +185,21 @@ def stable_lr(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd
     return runs.groupby([*by, "seed"], dropna=False).apply(one, include_groups=False).reset_index()
 
 
+def slopes(frame: pd.DataFrame, x: str, y: str, by: Sequence[str] = ("seed",)) -> pd.Series:
+    """The least-squares slope of y on x within each group `by`. Raises `ValueError` where a group has a value that is
+    not finite, or only one x."""
+    def one(group: pd.DataFrame) -> float:
+        _reject_nan(group.to_numpy(dtype=float))
+        if group[x].nunique() < 2:
+            raise ValueError(f"a slope needs two values of {x}, got {group[x].unique()}: add a size, or leave it out")
+        return np.polyfit(group[x], group[y], 1)[0]
+
+    return frame.groupby([*by])[[x, y]].apply(one).rename("slope")
+
+
 def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
     """The least-squares slope of y on x within each seed, averaged over seeds with a t interval."""
-    slopes = []
-    for _, seed in frame.groupby("seed"):
-        _reject_nan(seed[[x, y]].to_numpy(dtype=float))
-        if seed[x].nunique() < 2:
-            raise ValueError(f"a slope needs two values of {x}, got {seed[x].unique()}: add a size, or leave it out")
-        slopes.append(np.polyfit(seed[x], seed[y], 1)[0])
-    return mean(slopes)
+    return mean(slopes(frame, x, y))
 
 
 def difference(frame: pd.DataFrame, value: str, between: str, high: object, low: object, pair: list[str]) -> Estimate:

@@ -264,6 +264,13 @@ def test_the_interval_of_a_slope_comes_from_the_seeds():
     assert evaluate.slope(frame, "x", "y").high == pytest.approx(evaluate.mean([1, 2, 3]).high)
 
 
+def test_slopes_are_taken_within_each_group():
+    frame = pd.DataFrame([{"arm": arm, "seed": s, "x": x, "y": s * x + (arm == "b") * 3 * x}
+                          for arm in "ab" for s in (1, 2) for x in (0.0, 1.0, 4.0)])
+    found = evaluate.slopes(frame, "x", "y", ["arm", "seed"])
+    assert found.to_dict() == pytest.approx({("a", 1): 1, ("a", 2): 2, ("b", 1): 4, ("b", 2): 5})
+
+
 @pytest.mark.parametrize("x, y, message", [
     ([1.0, 1.0], [1.0, 2.0], "two values of x"), ([1.0], [1.0], "two values of x"),
     ([1.0, 2.0], [1.0, math.inf], "finite observations")])
