@@ -334,31 +334,31 @@ CLAIMS = {
     "10_kss_baselines": (
         Claim("KT4.kss-beats-baselines", "K Table 4", "KSS prevents more divergence than each baseline",
               "12.5% against 33.3% to 54.2%",
-              "diverged share at LR 0.005 to 0.01, KSS minus the best of spectral norm, weight norm, gradient penalty, "
-              "SAM and Lion", "<", 0.0),
+              "diverged share at LR 0.005 to 0.01, KSS (alpha 5, every step) minus the best of spectral norm, "
+              "weight norm, gradient penalty, SAM and Lion", "<", 0.0),
         Claim("KT4.baselines-help", "K Table 4", "each baseline prevents some divergence", "33.3% to 54.2%, from 66.7%",
               "diverged share at LR 0.005 to 0.01, the worst of those minus no control", "<", 0.0),
         Claim("KT4.kss-sam", "K Table 4", "KSS on top of SAM prevents more than SAM", "8.3% against 33.3%",
-              "diverged share at LR 0.005 to 0.01, SAM 0.1 with minus without KSS", "<", 0.0),
+              "diverged share at LR 0.005 to 0.01, SAM 0.1 with minus without KSS (alpha 5, every step)", "<", 0.0),
         Claim("KT5.no-norm", "K Table 5", "KSS raises the largest stable learning rate without norms", "0.002 to 0.005",
-              "log10 of its ratio, with over without KSS", ">", 0.0),
+              "log10 of its ratio, with over without KSS (alpha 5, every step)", ">", 0.0),
         Claim("KT5.pre-ln", "K Table 5", "and with Pre-LN", "0.005 to 0.008",
-              "log10 of its ratio, with over without KSS, Pre-LN", ">", 0.0),
+              "log10 of its ratio, with over without KSS (alpha 5, every step), Pre-LN", ">", 0.0),
         Claim("KT5.rmsnorm", "K Table 5", "and with RMSNorm", "0.003 to 0.005",
-              "log10 of its ratio, with over without KSS, RMSNorm", ">", 0.0),
+              "log10 of its ratio, with over without KSS (alpha 5, every step), RMSNorm", ">", 0.0),
         Claim("KT13.mup", "K Table 13", "muParam prevents some divergence", "41.7% against 66.7%",
               "diverged share at LR 0.005 to 0.01, muParam minus standard", "<", 0.0),
         Claim("KT13.mup-kss", "K Table 13", "KSS on top of muParam prevents more than muParam", "8.3% against 41.7%",
-              "diverged share at LR 0.005 to 0.01, muParam with minus without KSS", "<", 0.0),
+              "diverged share at LR 0.005 to 0.01, muParam with minus without KSS (alpha 5, every step)", "<", 0.0),
         Claim("KT14.lamb", "K Table 14", "LAMB prevents some divergence", "45.8% against 66.7%",
               "diverged share at LR 0.005 to 0.01, LAMB minus AdamW", "<", 0.0),
         Claim("KT14.lamb-kss", "K Table 14", "KSS on top of LAMB prevents more than LAMB", "8.3% against 45.8%",
-              "diverged share at LR 0.005 to 0.01, LAMB with minus without KSS", "<", 0.0),
+              "diverged share at LR 0.005 to 0.01, LAMB with minus without KSS (alpha 5, every step)", "<", 0.0),
         Claim("KT14.tuned", "ours", "at each one's best learning rate, KSS lowers the loss", "not tested",
-              "final loss at the best LR, AdamW with minus without KSS (nats)", "<", 0.0),
+              "final loss at the best LR, AdamW with minus without KSS (alpha 5, every step) (nats)", "<", 0.0),
         Claim("KT14.remedies", "ours", "KSS prevents more divergence than plain remedies", "not tested",
-              "diverged share at LR 0.005 to 0.01, KSS minus the best of a longer warm-up, qk-norm, residual scaling, "
-              "ReZero and Pre-LN", "<", 0.0),
+              "diverged share at LR 0.005 to 0.01, KSS (alpha 5, every step) minus the best of a longer warm-up, "
+              "qk-norm, residual scaling, ReZero and Pre-LN", "<", 0.0),
     ),
 }
 

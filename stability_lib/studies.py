@@ -284,8 +284,8 @@ def kss_ablations(scale: str) -> list[RunConfig]:
 
 
 def kss_learning(scale: str) -> list[RunConfig]:
-    """Chapter 05: what prevention costs where recall is learned, with larger initial weights, fewer symbols, longer. The
-    gradient's norm has no limit there, as that of the penalty starts near 100 and would end runs whose loss is fine."""
+    """Chapter 05: what prevention costs where recall is learned, with larger initial weights, fewer symbols, longer.
+    The gradient's norm has no limit, as that of the penalty starts near 100 and would end runs whose loss is fine."""
     setting = _control(scale, n_layers=2, init="fan_in", vocab_size=32, seq_len=12, diverge_grad_norm=None)
     arms = [{}, dict(clip_norm=1.0), dict(shaping="kss"), _EVERY_STEP, _EVERY_STEP | dict(shaping_alpha=0.5)]
     if scale == "quick":
