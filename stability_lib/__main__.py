@@ -79,7 +79,7 @@ def _value(text: str):
 def _reference(options) -> int:
     for study in options.studies:
         studies.configs(study, "cpu")
-    batch.recompute_reference(options.studies or list(studies.STUDIES), options.device)
+    batch.recompute_reference(options.studies or studies.names(), options.device)
     return 0
 
 

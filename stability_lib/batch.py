@@ -122,7 +122,7 @@ def dry_run(paths: list[Path], scale: str, device: str, recompute: str = "missin
     rows = []
     for path in paths:
         plans = [runs.plan(studies.configs(study, scale), study, device, recompute=recompute == "all")
-                 for study in studies.CHAPTERS.get(path.stem, ())]
+                 for study in studies.of_chapter(path.stem)]
         total = {name: sum(plan[name] for plan in plans) for name in ("cached", "missing", "flops", "seconds")}
         rows.append({"notebook": path.stem, "cached": int(total["cached"]), "missing": int(total["missing"]),
                      "FLOPs": f"{total['flops']:.2g}" if total["flops"] else "0",
@@ -160,7 +160,7 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     rows = []
-    everything = [(study, config) for study in studies.STUDIES for config in studies.configs(study, "cpu")]
+    everything = [(study, config) for study in studies.names() for config in studies.configs(study, "cpu")]
     for study, config in pd.Series(everything).sample(min(n, len(everything)), random_state=seed):
         reference = runs.ensure([config], runs.Store(runs.locate(study).reference), max_new=0).iloc[[0]]
         again = runs.frame([runs.to_row(runs.train_run(config, device), device)])

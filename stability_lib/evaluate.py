@@ -4,7 +4,7 @@ Every estimate is an `Estimate`: a value with a 95% interval. Nothing here train
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,15 +27,32 @@ LR_WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value, its 95% interval and how many independent observations it rests on."""
+    """A value, its 95% interval and how many independent observations it rests on.
+
+    `bounds` gives the interval at any level, `bounds(0.95)` being `low` and `high`: verdicts on many claims need it.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    bounds: Callable[[float], tuple[float, float]] = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def estimate(value: float, n: int, bounds: Callable[[float], tuple[float, float]]) -> Estimate:
+    """An `Estimate` from its intervals: `bounds` takes a level such as 0.95 and returns low and high."""
+    exact = lambda level: tuple(map(float, bounds(level)))  # noqa: E731
+    return Estimate(float(value), *exact(0.95), int(n), exact)
+
+
+def resampled(value: float, draws: Iterable[float], n: int) -> Estimate:
+    """An `Estimate` whose intervals are the percentiles of its bootstrap `draws`."""
+    draws = np.asarray(list(draws), dtype=float)
+    _reject_nan(draws)
+    return estimate(value, n, lambda level: np.percentile(draws, [50 - 50 * level, 50 + 50 * level]))
 
 
 def mean(values: Iterable[float]) -> Estimate:
@@ -43,34 +60,51 @@ def mean(values: Iterable[float]) -> Estimate:
     x = np.asarray(list(values), dtype=float)
     _reject_nan(x)
     if len(x) < 2:
-        return Estimate(float(x.mean()), -np.inf, np.inf, len(x))
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
-    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
+        return estimate(x.mean(), len(x), lambda level: (-np.inf, np.inf))
+    centre, error = x.mean(), stats.sem(x)
+
+    def bounds(level: float) -> tuple[float, float]:
+        half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * error
+        return centre - half, centre + half
+    return estimate(centre, len(x), bounds)
+
+
+def geometric_mean(values: Iterable[float]) -> Estimate:
+    """The mean of quantities that live on a log axis: of their logs, with Student's t interval there.
+
+    Raises `ValueError` where a value is not positive.
+    """
+    x = np.asarray(list(values), dtype=float)
+    if not (x > 0).all():
+        raise ValueError(f"a geometric mean needs positive values, got {x[:6]}: leave others out, or use `mean`")
+    logs = mean(np.log(x))
+    return estimate(np.exp(logs.value), logs.n, lambda level: np.exp(logs.bounds(level)))
 
 
 def proportion(successes: int, n: int) -> Estimate:
     """A share with its exact (Clopper-Pearson) interval. Raises `ValueError` where nothing was observed."""
     if n == 0:
         raise ValueError("a proportion of no observations: check that the runs it counts exist")
-    exact = stats.binomtest(successes, n).proportion_ci(method="exact")
-    return Estimate(successes / n, float(exact.low), float(exact.high), n)
+    test = stats.binomtest(successes, n)
+    return estimate(successes / n, n, lambda level: test.proportion_ci(level, method="exact"))
 
 
 def proportion_difference(first: tuple[int, int], second: tuple[int, int]) -> Estimate:
     """The first share minus the second, each given as (successes, n), with Newcombe's hybrid score interval (1998,
     method 10). Raises `ValueError` where one has no observations."""
-    a, b = (proportion(*counts) for counts in (first, second))
-    wilson = [stats.binomtest(*counts).proportion_ci(method="wilson") for counts in (first, second)]
-    gap = a.value - b.value
-    low = gap - np.hypot(a.value - wilson[0].low, wilson[1].high - b.value)
-    high = gap + np.hypot(wilson[0].high - a.value, b.value - wilson[1].low)
-    return Estimate(gap, float(low), float(high), a.n + b.n)
+    a, b = (proportion(*counts).value for counts in (first, second))
+
+    def bounds(level: float) -> tuple[float, float]:
+        of_a, of_b = (stats.binomtest(*counts).proportion_ci(level, method="wilson") for counts in (first, second))
+        return (a - b - np.hypot(a - of_a.low, of_b.high - b), a - b + np.hypot(of_a.high - a, b - of_b.low))
+    return estimate(a - b, first[1] + second[1], bounds)
 
 
 def divergence_rates(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Per group, in the order of first appearance, `diverged` of how many `runs`, their share `rate` and its exact
     interval, `low` to `high`. Runs count as independent, as in paper K, though some share a seed or learning rate."""
-    counts = (runs["status"] != "ok").groupby([runs[name] for name in by], sort=False).agg(diverged="sum", runs="size")
+    counts = (runs["status"] != "ok").groupby([runs[name] for name in by], sort=False, dropna=False).agg(
+        diverged="sum", runs="size")
     shares = [proportion(int(row.diverged), int(row.runs)) for row in counts.itertuples()]
     return counts.assign(rate=[s.value for s in shares], low=[s.low for s in shares], high=[s.high for s in shares])
 
@@ -166,11 +200,14 @@ def stable_lr(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd
     `crossing_lr` between the two, where the loss passes the margin, by linear interpolation in log LR.
 
     Where no LR fails, `failing_lr` and `crossing_lr` are infinite; where the lowest one does, `largest_stable_lr` is
-    0. `crossing_lr` is the failing LR where there is nothing finite to interpolate.
+    0. `crossing_lr` is the failing LR where there is nothing finite to interpolate. Raises `ValueError` where a group
+    has more than one run at an LR.
     """
     runs = runs.assign(excess=beyond_best(runs, by), loss=capped_loss(runs))
 
     def one(group: pd.DataFrame) -> pd.Series:
+        if group["lr"].duplicated().any():
+            raise ValueError(f"more than one run per LR in a group: add to {by} the field that tells them apart")
         group = group.sort_values("lr")
         failing = group.loc[group["excess"] > margin, "lr"].min() if (group["excess"] > margin).any() else np.inf
         below, first = group[group["lr"] < failing], group[group["lr"] == failing]
@@ -194,7 +231,7 @@ def slopes(frame: pd.DataFrame, x: str, y: str, by: Sequence[str] = ("seed",)) -
             raise ValueError(f"a slope needs two values of {x}, got {group[x].unique()}: add a size, or leave it out")
         return np.polyfit(group[x], group[y], 1)[0]
 
-    return frame.groupby([*by])[[x, y]].apply(one).rename("slope")
+    return frame.groupby([*by], dropna=False)[[x, y]].apply(one).rename("slope")
 
 
 def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
@@ -205,10 +242,12 @@ def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
 def difference(frame: pd.DataFrame, value: str, between: str, high: object, low: object, pair: list[str]) -> Estimate:
     """Mean of value(high) - value(low) over pairs that agree in `pair` (`seed` is part of it), averaged within each
     seed first. Raises `ValueError` where a pair is incomplete or not finite."""
-    frame = frame[frame[between].isin([high, low])]
+    at = lambda level: frame[between].isna() if pd.isna(level) else frame[between] == level  # noqa: E731
+    frame = frame.assign(end=np.select([at(high), at(low)], ["high", "low"], ""))
+    frame = frame[frame["end"] != ""]
     _reject_nan(frame[value].to_numpy(dtype=float))
-    wide = frame.groupby([*pair, between], dropna=False)[value].mean().unstack(between).reindex(columns=[high, low])
-    gap = (wide[high] - wide[low]).rename("gap")
+    wide = frame.groupby([*pair, "end"], dropna=False)[value].mean().unstack("end").reindex(columns=["high", "low"])
+    gap = (wide["high"] - wide["low"]).rename("gap")
     if gap.isna().any():
         raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")
     return mean(gap.groupby("seed").mean())
@@ -228,7 +267,7 @@ def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[flo
     The interval is the percentile bootstrap's (paper K, Sec. 5.1), unstratified; resamples without a pair are left out.
     `n` counts what is resampled. Raises `ValueError` where a score is NaN or no pair can be formed.
     """
-    failed = np.asarray(list(failed), dtype=bool)
+    failed = _labels(failed)
     units = np.unique(np.arange(len(failed)) if clusters is None else list(clusters), return_inverse=True)[1]
     labels = np.zeros(len(failed)) if within is None else np.unique(list(within), return_inverse=True)[1]
     paired = np.equal.outer(labels[failed], labels[~failed])
@@ -248,14 +287,15 @@ def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[flo
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     times = np.vstack([np.ones(len(failed)), draws[:, units]])
     wins, pairs = (((times[:, failed] @ matrix) * times[:, ~failed]).sum(1) for matrix in (won, paired))
-    value, drawn = wins[0] / pairs[0], wins[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0]
-    return Estimate(float(value), *map(float, np.percentile(drawn, [2.5, 97.5])), int(n))
+    return resampled(wins[0] / pairs[0], wins[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0], n)
 
 
 def calibration_error(failed: Iterable[bool], probability: Iterable[float], bins: int = 10) -> float:
     """Expected calibration error: |share that failed - mean probability| over equally wide bins, weighted by their
     runs. Raises `ValueError` where a probability is not within [0, 1]."""
-    failed, probability = np.asarray(list(failed), dtype=float), np.asarray(list(probability), dtype=float)
+    failed, probability = _labels(failed), np.asarray(list(probability), dtype=float)
+    if failed.shape != probability.shape:
+        raise ValueError(f"calibration needs a probability for each run, got {probability.shape} for {failed.shape}")
     if not len(probability) or not ((probability >= 0) & (probability <= 1)).all():
         raise ValueError(f"calibration needs probabilities within [0, 1], got {probability[:6]}: squash scores first")
     bin_of = np.minimum((probability * bins).astype(int), bins - 1)
@@ -304,11 +344,19 @@ def failure_probability(failed: Iterable[bool], score: np.ndarray, at: np.ndarra
     """Probability of failing at the scores `at` by logistic regression (scikit-learn's, with its default penalty) of
     `failed` on `score`, both [runs] or [runs, scores]. Where all or none failed, a constant, (failures + 1) /
     (runs + 2)."""
-    failed, score, at = (np.asarray(x, dtype=float) for x in (failed, score, at))
+    failed, score, at = _labels(failed), np.asarray(score, dtype=float), np.asarray(at, dtype=float)
     if failed.min() == failed.max():
         return np.full(len(at), (failed.sum() + 1) / (len(failed) + 2))
     columns = lambda x: x.reshape(len(x), -1)  # noqa: E731
     return LogisticRegression().fit(columns(score), failed).predict_proba(columns(at))[:, 1]
+
+
+def _labels(failed: Iterable) -> np.ndarray:
+    """Whether each run failed; NaN, which as a bool would be True, and anything but 0 and 1 are refused."""
+    values = np.asarray(list(failed), dtype=float)
+    if values.ndim != 1 or not np.isin(values, (0, 1)).all():
+        raise ValueError(f"labels must be True or False, one a run, got {values.ravel()[:6]}: leave other runs out")
+    return values.astype(bool)
 
 
 def _reject_nan(values: np.ndarray) -> None:

@@ -14,9 +14,10 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.axes import Axes
+from scipy.stats import gmean
 from sklearn.isotonic import IsotonicRegression
 
-from .evaluate import extrapolate, mean
+from .evaluate import extrapolate, geometric_mean, mean
 from .runs import curve
 
 LINE = {"none": "--", "head": "-", "model": ":", "neither": "--", "z-loss": "-", "weight decay": ":",
@@ -40,9 +41,9 @@ def use_style() -> None:
 
 
 def shades(numbers: pd.Series, palette: str = "flare") -> dict[float, tuple]:
-    """A colour per number, darker for larger ones; sizes have the palette `crest`."""
-    ordered = sorted(numbers.unique())
-    return dict(zip(ordered, sns.color_palette(palette, len(ordered)), strict=True))
+    """A colour per number, darker for larger ones, grey for none; sizes have the palette `crest`."""
+    ordered = sorted(numbers.dropna().unique())
+    return dict(zip(ordered, sns.color_palette(palette, len(ordered)), strict=True)) | {None: (0.5, 0.5, 0.5)}
 
 
 def size_label(n: float) -> str:
@@ -59,16 +60,19 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str
 
     Numbers are darker the larger they are, and get `name` before them; `n_params` and `d_model` count as sizes. Strings
     keep the order of their first appearance, or the colours of `palette`. `style` is a column of keys of `LINE`. The
-    `band` is the 95% t `interval` of the mean, the `range` of the seeds, or about the median their `middle` 80%.
-    `drawn` goes to seaborn's lineplot.
+    `band` is the 95% t `interval` of the mean, the `log interval` of the geometric mean, for log axes, the `range` of
+    the seeds, or about the median their `middle` 80%. `drawn` goes to seaborn's lineplot.
     """
     sizes, numeric = hue in ("n_params", "d_model"), pd.api.types.is_numeric_dtype(frame[hue])
-    names = [] if numeric else frame[hue].unique()
+    names = [] if numeric else frame[hue].dropna().unique()
     colours = palette or (shades(frame[hue], "crest" if sizes else "flare") if numeric else
-                          dict(zip(names, sns.color_palette("dark", len(names)), strict=True)))
+                          dict(zip([*names, None], sns.color_palette("dark", len(names) + 1), strict=True)))
     styled, ends, (centre, errorbar) = style not in (None, hue) and frame[style].nunique() > 1, [], _BANDS[band]
-    for (value, *line), group in frame.groupby([hue, style] if style not in (None, hue) else [hue], sort=numeric):
-        text = size_label(value) if sizes else f"{name} {value:g}".strip() if numeric else QK_LABEL.get(value, value)
+    keys = [hue, style] if style not in (None, hue) else [hue]
+    for (value, *line), group in frame.groupby(keys, sort=numeric, dropna=False):
+        value = None if pd.isna(value) else value
+        text = (f"{name} none".strip() if value is None else size_label(value) if sizes else
+                f"{name} {value:g}".strip() if numeric else QK_LABEL.get(value, value))
         sns.lineplot(group, x=x, y=y, ax=ax, color=colours[value], estimator=centre, errorbar=errorbar, legend=False,
                      linestyle=LINE[line[0] if line else value] if style else "-",
                      err_kws={"alpha": 0.15, "linewidth": 0}, **drawn)
@@ -192,17 +196,6 @@ def reliability(ax: Axes, failed: pd.Series, probabilities: dict[str, pd.Series]
     return ax
 
 
-def held_out_grid(ax: Axes, runs: pd.DataFrame, chance: str) -> Axes:
-    """Mean forecast probability by size and LR as colour; a field's number is the share of its runs that failed."""
-    shares, shown = (runs.pivot_table(index="n_params", columns="lr", values=column, aggfunc="mean").sort_index(
-        ascending=False) for column in ("failing", chance))
-    sns.heatmap(shown, vmin=0, vmax=1, cmap="rocket_r", annot=shares.astype(float), fmt=".2g", ax=ax, linewidths=1,
-                yticklabels=[size_label(n) for n in shown.index], xticklabels=[f"{lr:g}" for lr in shown.columns],
-                cbar_kws={"label": "forecast probability of failing"})
-    ax.set(xlabel="learning rate", ylabel="parameters N")
-    return ax
-
-
 def rates(ax: Axes, table: pd.DataFrame, paper: pd.Series | None = None) -> Axes:
     """Divergence rates of `evaluate.divergence_rates` with their intervals, one arm a line from the top down, and the
     paper's rates, in percent by arm, as open diamonds."""
@@ -231,45 +224,17 @@ def counts(ax: Axes, runs: pd.DataFrame, rows: str, columns: str, marked: str, l
     return ax
 
 
-def dose_response(ax: Axes, table: pd.DataFrame, y: str) -> Axes:
-    """y against `shaping_alpha`, a line per `shaping_every`, with the interval `low` to `high` where y is `rate`."""
-    lines = table.sort_values("shaping_alpha").groupby("shaping_every")
-    for (every, group), colour in zip(lines, sns.color_palette("dark"), strict=False):
-        ax.plot(group["shaping_alpha"], group[y], color=colour, marker="o",
-                label="every step" if every == 1 else f"every {every} steps")
+def shares(ax: Axes, table: pd.DataFrame, x: str, hue: str, label: Callable, y: str = "rate") -> Axes:
+    """y against x on a log axis, a line per value of the column `hue` with `label` of it at its end: of a table of
+    `evaluate.divergence_rates` the `rate` with its exact interval, or another column without."""
+    ends, table = [], table.reset_index().sort_values(x)
+    for (value, group), colour in zip(table.groupby(hue), sns.color_palette("dark"), strict=False):
+        ax.plot(group[x], group[y], LINE.get(label(value), "-"), color=colour, marker="o", markersize=4)
         if y == "rate":
-            ax.fill_between(group["shaping_alpha"], group["low"], group["high"], color=colour, alpha=0.12, linewidth=0)
-    ax.set(xscale="log", xlabel="alpha")
-    return ax
-
-
-def rates_against_lr(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Divergence rates of `evaluate.divergence_rates` by `shaping` and `lr` against the learning rate, with their exact
-    intervals, dashed without KSS and solid with it."""
-    ends, colours = [], sns.color_palette("dark")
-    for shaping, group in table.reset_index().groupby("shaping", sort=False):
-        colour, group = colours[shaping != "none"], group.sort_values("lr")
-        ax.plot(group["lr"], 100 * group["rate"], "--" if shaping == "none" else "-", color=colour, marker="o",
-                markersize=4)
-        ax.fill_between(group["lr"], 100 * group["low"], 100 * group["high"], color=colour, alpha=0.1, linewidth=0)
-        ends.append((group["lr"].iloc[-1], 100 * group["rate"].iloc[-1], "without" if shaping == "none" else "with KSS",
-                     colour))
-    lrs = sorted(table.reset_index()["lr"].unique())
-    ax.set(xlabel="learning rate", ylim=(-4, 104))
-    return label_ends(log_ticks(ax, lrs[::max(1, len(lrs) // 3)]), ends)
-
-
-def before_and_after(ax: Axes, table: pd.DataFrame, before: str, after: str, hue: str) -> Axes:
-    """Two columns of `table`, one row a line from the top down: `before` as hollow dots, `after` as filled ones, darker
-    the larger the column `hue` (in percent) is."""
-    heights = np.arange(len(table))[::-1]
-    ax.hlines(heights, table[before], table[after], color="0.8", linewidth=2)
-    ax.scatter(table[before], heights, facecolors="white", edgecolors="0.3", zorder=3, label=before)
-    dots = ax.scatter(table[after], heights, c=table[hue], cmap="rocket_r", vmin=-15, vmax=115, zorder=4, s=55,
-                      label=after)
-    ax.figure.colorbar(dots, ax=ax, label=hue, boundaries=np.linspace(0, 100, 101), ticks=[0, 25, 50, 75, 100])
-    ax.set(yticks=heights, yticklabels=table.index)
-    return ax
+            ax.fill_between(group[x], group["low"], group["high"], color=colour, alpha=0.1, linewidth=0)
+        ends.append((group[x].iloc[-1], group[y].iloc[-1], label(value), colour))
+    ax.set_xscale("log")
+    return label_ends(ax, ends)
 
 
 def forecasts_by_group(ax: Axes, frame: pd.DataFrame, group: str, actual: str, forecasts: list[str]) -> Axes:
@@ -332,9 +297,12 @@ def _apart(heights: np.ndarray, gap: float) -> np.ndarray:
     return moved
 
 
-def _interval(values) -> tuple[float, float]:
-    estimate = mean(values)
-    return (estimate.low, estimate.high) if estimate.n > 1 else (estimate.value, estimate.value)
+def _interval(estimate_of: Callable) -> Callable:
+    def band(values) -> tuple[float, float]:
+        estimate = estimate_of(values)
+        return (estimate.low, estimate.high) if estimate.n > 1 else (estimate.value, estimate.value)
+    return band
 
 
-_BANDS = {"interval": ("mean", _interval), "range": ("mean", ("pi", 100)), "middle": ("median", ("pi", 80))}
+_BANDS = {"interval": ("mean", _interval(mean)), "log interval": (gmean, _interval(geometric_mean)),
+          "range": ("mean", ("pi", 100)), "middle": ("median", ("pi", 80))}

@@ -319,7 +319,7 @@ def test_a_difference_does_not_drop_a_loss_that_is_not_finite_silently():
 
 
 def test_an_estimate_reads_as_a_value_with_its_interval():
-    assert str(evaluate.Estimate(0.51234, 0.4, 0.6, 3)) == "0.512 [0.4, 0.6]"
+    assert str(evaluate.estimate(0.51234, 3, lambda level: (0.4, 0.6))) == "0.512 [0.4, 0.6]"
 
 
 def test_the_crossing_lr_lies_where_the_loss_passes_the_margin_on_a_log_axis():
@@ -467,3 +467,71 @@ def test_the_probability_of_failing_rises_with_the_score_and_is_a_constant_where
     assert at_threshold == pytest.approx(0.5, abs=0.05) and above > 0.95
     assert evaluate.failure_probability([0, 0, 0], [1, 2, 3], [0, 9]) == pytest.approx([1 / 5, 1 / 5])
     assert evaluate.failure_probability([1, 1], [1, 2], [0]) == pytest.approx([3 / 4])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.999])
+def test_every_estimate_gives_its_interval_at_any_level(level):
+    x = [1.0, 2.0, 4.0]
+    assert evaluate.mean(x).bounds(level) == pytest.approx(stats.t.interval(level, 2, np.mean(x), stats.sem(x)))
+    logs = stats.t.interval(level, 2, np.mean(np.log(x)), stats.sem(np.log(x)))
+    assert evaluate.geometric_mean(x).bounds(level) == pytest.approx(np.exp(logs))
+    exact = stats.binomtest(3, 8).proportion_ci(level)
+    assert evaluate.proportion(3, 8).bounds(level) == pytest.approx((exact.low, exact.high))
+    draws = np.arange(101.0)
+    assert evaluate.resampled(50, draws, 7).bounds(level) == pytest.approx((50 - 50 * level, 50 + 50 * level))
+
+
+def test_intervals_at_higher_levels_hold_those_at_lower_ones():
+    score = np.random.default_rng(0).normal(size=40)
+    failed = score + np.random.default_rng(1).normal(size=40) > 0
+    for found in (evaluate.mean([1.0, 2.0, 4.0]), evaluate.proportion_difference((3, 12), (8, 12)),
+                  evaluate.proportion(0, 12), evaluate.auroc(failed, score), evaluate.mean([1.0])):
+        assert found.bounds(0.95) == (found.low, found.high)
+        (outer_low, outer_high), (inner_low, inner_high) = found.bounds(0.999), found.bounds(0.8)
+        assert outer_low <= found.low <= inner_low <= found.value <= inner_high <= found.high <= outer_high
+
+
+def test_a_geometric_mean_has_positive_bounds_where_the_plain_ones_cross_zero():
+    x = [1.0, 10.0, 100.0]
+    assert evaluate.mean(x).low < 0
+    found = evaluate.geometric_mean(x)
+    assert found.value == pytest.approx(10)
+    assert 0 < found.low < 10 < found.high
+    with pytest.raises(ValueError, match="needs positive values"):
+        evaluate.geometric_mean([1.0, 0.0])
+
+
+def clipped() -> pd.DataFrame:
+    """Two seeds without clipping and with, which a DataFrame holds as NaN and 1.0; the first two diverge."""
+    return pd.DataFrame({"clip_norm": [None, None, 1.0, 1.0], "seed": [0, 1, 0, 1], "loss": [4.0, 5.0, 1.0, 3.0],
+                         "status": ["diverged", "diverged", "ok", "ok"]})
+
+
+def test_a_field_that_is_none_is_a_group_like_any_other():
+    rates = evaluate.divergence_rates(clipped(), ["clip_norm"])
+    assert list(rates["runs"]) == [2, 2]
+    assert list(rates["diverged"]) == [2, 0]
+    gap = evaluate.difference(clipped(), "loss", "clip_norm", None, 1.0, ["seed"])
+    assert gap.value == pytest.approx(((4 - 1) + (5 - 3)) / 2)
+    assert evaluate.difference(clipped(), "loss", "clip_norm", 1.0, None, ["seed"]).value == pytest.approx(-gap.value)
+    frame = clipped().assign(x=[0.0, 1.0, 0.0, 1.0])
+    assert len(evaluate.slopes(frame, "x", "loss", ["clip_norm"])) == 2
+
+
+@pytest.mark.parametrize("failed", [[True, np.nan, False], [1, None, 0], [2, 0, 1], [[True], [False], [True]]])
+def test_labels_that_are_not_true_or_false_are_refused(failed):
+    with pytest.raises(ValueError, match="labels must be"):
+        evaluate.auroc(failed, [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="labels must be"):
+        evaluate.calibration_error(failed, [0.1, 0.2, 0.3])
+
+
+def test_calibration_refuses_to_broadcast():
+    with pytest.raises(ValueError, match="a probability for each run"):
+        evaluate.calibration_error([True, False, True], [0.5])
+
+
+def test_a_largest_stable_lr_of_two_runs_at_one_lr_is_refused():
+    runs = pd.concat([sweep([3.0, 2.0, 2.6]), sweep([3.0, 2.0, 3.6])]).assign(size=1)
+    with pytest.raises(ValueError, match="more than one run per LR"):
+        evaluate.stable_lr(runs, ["size"])

@@ -56,10 +56,10 @@ def test_checked_cells_carry_outputs_to_compare_with(path):
 
 @by_name
 def test_a_chapters_studies_and_claims_are_known(path):
-    assert path.stem in studies.CHAPTERS
+    assert path.stem in studies.modules()
     published = [row["claim"] for cell in code_cells(path) for output in cell.outputs
                  for row in output.get("data", {}).get(claims.MIME, [])]
-    assert published == [claim.id for claim in claims.CLAIMS.get(path.stem, ())]
+    assert published == [claim.id for claim in claims.of_chapter(path.stem)]
 
 
 @by_name
@@ -79,7 +79,7 @@ def test_a_flipped_verdict_fails_nbval(tmp_path):
     (cell,) = tagged(notebook.cells, "nbval-check-output")
     lines = cell.outputs[0].text.splitlines()
     name, was = lines[0].split(maxsplit=1)
-    flipped = {"reproduced": "not reproduced"}.get(was, "reproduced")
+    flipped = {"reproduced": "contradicted"}.get(was, "reproduced")
     cell.outputs[0].text = "\n".join([lines[0].removesuffix(was) + flipped, *lines[1:]]) + "\n"
     nbformat.write(notebook, tmp_path / "flipped.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", tmp_path]

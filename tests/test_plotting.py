@@ -55,3 +55,19 @@ def test_forecasts_lie_in_the_line_of_their_group_at_their_value():
         assert offsets[:, 0].tolist() == frame[name].to_list()
         assert np.round(offsets[:, 1]).tolist() == [1, 0, 1]
     plt.close("all")
+
+
+@pytest.mark.parametrize("values", [[None, 0.5], [None, "head"]])
+def test_a_group_without_a_value_is_a_line_of_its_own(values):
+    frame = pd.DataFrame({"x": [1, 2, 1, 2], "y": [1.0, 2.0, 3.0, 4.0],
+                          "clip_norm": [values[0]] * 2 + [values[1]] * 2})
+    ax = plotting.lines(plt.figure().gca(), frame, "x", "y", "clip_norm")
+    assert len(ax.lines) == 2
+    assert "none" in [text.get_text() for text in ax.texts]
+
+
+def test_a_band_on_a_log_axis_stays_positive():
+    frame = pd.DataFrame({"x": [1] * 3 + [2] * 3, "y": [1.0, 10.0, 100.0] * 2, "arm": "a"})
+    ax = plotting.lines(plt.figure().gca(), frame, "x", "y", "arm", band="log interval")
+    assert ax.lines[0].get_ydata() == pytest.approx([10, 10])
+    assert ax.collections[0].get_datalim(ax.transData).y0 > 0

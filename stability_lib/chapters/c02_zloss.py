@@ -1,0 +1,71 @@
+"""Chapter 02, output-logit drift: how far logits sink, when that costs loss, and what z-loss does (paper P, Figs 3,
+4)."""
+
+from ..claims import Claim
+from ..config import RunConfig, grid, replace
+from ..studies import check_scale
+
+
+def output_logit_floor(scale: str) -> list[RunConfig]:
+    """How far and how fast the logits of symbols that never occur sink, by AdamW's eps and beta2, by
+    learning rate, by the number of such symbols, and with z-loss or weight decay (paper P, Fig. 4)."""
+    steps = dict(quick=300, cpu=1500, gpu=10_000, paper=20_000)[check_scale(scale)]
+    setting = RunConfig(d_model=32, n_layers=1, n_heads=2, seq_len=16, batch_size=8, eval_sequences=128, lr=1e-2,
+                        vocab_size=2048, z_loss=0.0, weight_decay=0.0, **_length(steps))
+    seeds = [0, 1, 2]
+    if scale == "quick":  # too short for beta2 0.95
+        return grid(setting, vocab_size=[1024], beta2=[0.9], eps=[1e-8, 1e-6, 1e-4], seed=seeds)
+    return [*grid(setting, eps=[1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4], seed=seeds),
+            *grid(setting, eps=[1e-10], beta2=[0.9, 0.99], seed=seeds),
+            *grid(setting, vocab_size=[1024, 4096], eps=[1e-6], seed=seeds),
+            *grid(setting, lr=[1e-3, 1e-1], seed=seeds),
+            *grid(setting, lr=[1e-1], cure=[dict(z_loss=1e-4), dict(weight_decay=1e-3)], seed=seeds)]
+
+
+def output_logit_harm(scale: str) -> list[RunConfig]:
+    """Where the drift could cost loss. High learning rates in bf16 with neither z-loss nor weight decay,
+    with either (paper P, Fig. 3), and without z-loss and with in fp32, with a BPE vocabulary, a wider model, a smaller
+    eps, a longer run and no cosine."""
+    steps = dict(quick=200, cpu=1000, gpu=20_000, paper=100_000)[check_scale(scale)]
+    setting = RunConfig(d_model=64, n_layers=1, seq_len=16, batch_size=8, weight_decay=0.0, precision="bf16",
+                        **_length(steps))
+    neither, z_loss, decay = dict(z_loss=0.0), dict(z_loss=1e-4), dict(z_loss=0.0, weight_decay=1e-4)
+    if scale == "quick":
+        return grid(setting, lr=[3e-1, 3.0], cure=[neither, z_loss], seed=[0, 1, 2])
+    subwords = dict(tokenizer="bpe", vocab_size=2048, **_length(steps // 2))
+    others = [subwords, subwords | dict(lr=3e-1), dict(d_model=128, n_heads=8), dict(eps=1e-15), _length(3 * steps),
+              dict(lr_final=1.0)]
+    return [*grid(setting, lr=[1e-1, 3e-1, 1.0, 3.0], cure=[neither, z_loss, decay], seed=range(5)),
+            *grid(replace(setting, precision="fp32"), lr=[1.0, 3.0], cure=[neither, z_loss], seed=range(5)),
+            *grid(replace(setting, lr=1.0), other=others, cure=[neither, z_loss], seed=[0, 1, 2])]
+
+
+def _length(steps: int) -> dict:
+    """A run's length with the schedule's proportions of paper P and twenty probes."""
+    return dict(steps=steps, warmup_steps=steps // 20, probe_every=steps // 20)
+
+
+STUDIES = (output_logit_floor, output_logit_harm)
+
+CLAIMS = (
+    Claim("P4.drift", "P Fig. 4", "without z-loss and weight decay, output logits drift very negative",
+          "very negative late in training", "mean output logit at the end, LR 0.1, neither cure", "<", -5.0),
+    Claim("P4.floor", "ours", "a symbol that never occurs sinks until its gradient is of the size of AdamW's eps",
+          "not tested", "slope of its final log p on ln eps, less 1, eps 1e-8 to 1e-6", "within", 0.1),
+    Claim("P4.vocabulary", "ours", "that floor does not depend on how many such symbols there are", "not tested",
+          "slope of its final log p on ln V, eps 1e-6", "within", 0.5),
+    Claim("P4.speed", "ours", "above the floor, the speed of sinking is set by AdamW's beta2", "not tested",
+          "final log p at beta2 0.99 minus at 0.9, eps 1e-10 (nats)", ">", 2.0),
+    Claim("P4.z-loss", "P Fig. 4", "z-loss brings log Z closer to 0", "near 0",
+          "log10 of mean |log Z| over the second half of the run, with z-loss minus with neither, LR 1 and above, "
+          "bf16", "<", 0.0),
+    Claim("P4.near-zero", "P Fig. 4", "z-loss keeps log Z near 0", "near 0",
+          "log Z at the end with z-loss, LR 0.1", "within", 1.0),
+    Claim("P3.harm", "P Fig. 3", "without weight decay, output-logit divergence hurts at high learning rates and "
+          "z-loss mends it", "loss rises at high LR whatever the size; z-loss mends it",
+          "final loss with neither minus with z-loss, LR 1 and above, bf16 (nats)", ">", 0.05),
+    Claim("P3.decay", "P Fig. 3", "weight decay mends it too", "for the larger models",
+          "final loss with neither minus with weight decay, LR 1 and above, bf16 (nats)", ">", 0.05),
+    Claim("P3.no-cosine", "ours", "without z-loss, a high learning rate that is not annealed costs more",
+          "not tested", "final loss with neither minus with z-loss, LR 1 held to the end, bf16 (nats)", ">", 0.05),
+)

@@ -1,0 +1,61 @@
+"""Chapter 03, muParam across widths (paper P, Figs 8, E.4 to E.6)."""
+
+from ..claims import Claim
+from ..config import RunConfig, grid, replace
+from ..studies import PAPER_LRS, check_scale, short
+
+
+def mu_parametrization(scale: str) -> list[RunConfig]:
+    """LR against final loss by width under muParam's variants (paper P, Figs 8, E.4, E.5, E.6)."""
+    standard, simple = dict(parametrization="standard"), dict(parametrization="mup_simple")
+    arms = [standard, simple, dict(parametrization="mup_full")]  # at the base width the first two are one model
+    widths, lrs = {"quick": ([16, 64], [3e-3, 3e-2, 3e-1]), "cpu": ([24, 48, 96, 192], PAPER_LRS[1:]),
+                   "gpu": ([64, 128, 256, 512], PAPER_LRS[1:]),
+                   "paper": ([256, 512, 1024, 2048], PAPER_LRS)}[check_scale(scale)]
+    setting = replace(short(scale), n_layers=2, base_width=widths[0])
+    if scale in ("quick", "cpu"):
+        setting = replace(setting, batch_size=16, steps=80 if scale == "quick" else 120, warmup_steps=6)
+    if scale != "quick":
+        arms += [dict(parametrization="mup_intermediate"), simple | dict(attention_scale="1/d_h"),
+                 standard | dict(qk_norm="none"), simple | dict(qk_norm="none")]
+    return grid(setting, arm=arms, d_model=widths, lr=lrs, seed=[0, 1, 2])
+
+
+STUDIES = (mu_parametrization,)
+
+CLAIMS = (
+    Claim("P8.standard-drifts", "P Fig. 8", "in standard parametrization the best learning rate falls as "
+          "width grows", "the best LR moves",
+          "slope of log10 best LR per decade of width, standard, with qk-norm", "<", 0.0),
+    Claim("P8.mup-steady", "P Fig. 8", "muParam (simple) holds the best learning rate steady as width grows",
+          "stabilises the best LR",
+          "slope of log10 best LR per decade of width, muParam (simple), with qk-norm", "within", 0.33),
+    Claim("P8.mup-steadier", "P Fig. 8", "muParam (simple) keeps the best learning rate from falling with width",
+          "stabilises the best LR",
+          "slope of log10 best LR per decade of width, muParam (simple) minus standard, with qk-norm", ">", 0.0),
+    Claim("P8.loss", "P Fig. 8", "muParam (simple) does not lower the best loss",
+          "no improvement in loss",
+          "best loss at the largest width, muParam (simple) minus standard (nats)", ">", -0.02),
+    Claim("P8.sensitivity", "P Fig. 8", "muParam (simple) does not lower LR sensitivity",
+          "no reduction of LR sensitivity",
+          "LR sensitivity at the largest width, muParam (simple) minus standard (nats)", ">", -0.02),
+    Claim("PE4.steadier", "P Fig. E.4", "without qk-norm too, muParam (simple) keeps the best learning rate from "
+          "falling with width", "stabilises the best LR",
+          "slope of log10 best LR per decade of width, muParam (simple) minus standard, without qk-norm", ">", 0.0),
+    Claim("PE4.mup-fails", "P Fig. E.4", "muParam (simple) does not replace qk-norm at high learning rates",
+          "does not alleviate the need for qk-norm",
+          "final loss without minus with qk-norm at the highest LR and largest width, muParam (simple) (nats)",
+          ">", 0.3),
+    Claim("PE5.intermediate", "P Fig. E.5", "muParam (intermediate) is no better than (simple)",
+          "no measurable improvement at the largest scale",
+          "best loss at the largest width, muParam (intermediate) minus (simple) (nats)", ">", -0.02),
+    Claim("PE5.full", "P Fig. E.5", "muParam (full) is no better than (simple)",
+          "no measurable improvement at the largest scale",
+          "best loss at the largest width, muParam (full) minus (simple) (nats)", ">", -0.02),
+    Claim("PE6.smallest", "P Fig. E.6", "attention scaled by 1/d_h lowers the loss of the smallest model slightly",
+          "slightly lower loss at the smallest scale",
+          "best loss at the smallest width, 1/d_h minus 1/sqrt(d_h) (nats)", "<", 0.0),
+    Claim("PE6.largest", "P Fig. E.6", "attention scaled by 1/d_h raises the loss of the largest model",
+          "the reverse at the largest scale",
+          "best loss at the largest width, 1/d_h minus 1/sqrt(d_h) (nats)", ">", 0.0),
+)

@@ -1,0 +1,152 @@
+"""Chapter 05, does shaping spectra prevent divergence? (Paper K, Fig. 2, Tables 3, 6.)"""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from ..claims import Claim
+from ..config import CHOICES, RunConfig, grid
+from ..studies import RECALL, SCALES, check_scale
+
+CONTROL = {
+    "quick": dict(d_model=64, n_layers=4, seq_len=16, batch_size=16, steps=120, warmup_steps=50, eval_sequences=128),
+    "cpu": dict(d_model=64, n_layers=4, seq_len=16, steps=300, warmup_steps=100),
+    "gpu": dict(d_model=128, n_layers=4, seq_len=64, steps=1000, warmup_steps=100),
+    "paper": dict(d_model=256, n_layers=6, seq_len=64, steps=10_000, warmup_steps=1000),
+}
+"""Models without norms on associative recall, in which divergence is to be prevented (paper K, Sec. 3.3, Table 3)."""
+
+EVERY_STEP = dict(shaping="kss", shaping_every=1, shaping_alpha=5.0)
+"""KSS at a dose that does something here: paper K's is 0.15 at every tenth step."""
+
+PENALTY_ALPHAS = dict(near_unit=290.0, random_l2=1160.0, residual_norm=1200.0, activation_variance=3600.0,
+                      jacobian=235.0)
+"""alpha at which a penalty's gradient at initialization is as large as that of KSS at alpha 5 (`CONTROL`, cpu)."""
+
+
+def control(scale: str, **changes) -> RunConfig:
+    settings = RECALL | CONTROL[check_scale(scale)] | dict(norm="no_norm")
+    return RunConfig(**settings | dict(spectra_every=settings["steps"] // 6) | changes)
+
+
+def control_lrs(scale: str) -> list[float]:
+    """Within paper K's range, LR 0.005 to 0.01; higher ones where a run is too short to diverge there."""
+    return [8e-3, 1e-2, 1.2e-2] if scale == "quick" else [5e-3, 5.5e-3, 6.1e-3, 6.7e-3, 7.4e-3, 8.2e-3, 9.1e-3, 1e-2]
+
+
+def control_seeds(scale: str) -> list[int]:
+    return [42, 123] if scale == "quick" else [42, 123, 456]
+
+
+def control_name(run: Mapping) -> str:
+    """What a run of the grids below does against divergence, in words: `no control`, `clip 0.5`, `KSS 0.15 every 10`,
+    `SAM 0.1 + KSS 5`. `run` holds the fields of `RunConfig`, as a row of `ensure`'s table does."""
+    penalties = dict(kss="KSS", unstable="unstable term", near_unit="near-unit term", random_l2="random l2",
+                     residual_norm="stream norm", activation_variance="activation variance", jacobian="Jacobian")
+    fields = {**{name: getattr(RunConfig(), name) for name in CHOICES}, **run}
+    warm_ups = [CONTROL[scale]["warmup_steps"] for scale in SCALES]
+    steps = [CONTROL[scale]["steps"] for scale in SCALES]
+    names = [
+        {"lion": "Lion", "lamb": "LAMB"}.get(fields["optimizer"]),
+        {"spectral_norm": "spectral norm", "weight_norm": "weight norm"}.get(fields["reparametrization"]),
+        fields["gradient_penalty"] and f"gradient penalty {fields['gradient_penalty']:g}",
+        fields["sam_rho"] and f"SAM {fields['sam_rho']:g}",
+        fields["parametrization"] != "standard" and "muParam",
+        {"pre_ln": "Pre-LN", "rmsnorm": "RMSNorm"}.get(fields["norm"]),
+        fields["qk_norm"] != "none" and "qk-norm",
+        {"scaled": "residual scaling", "rezero": "ReZero"}.get(fields["residual"]),
+        fields["steps"] in steps and fields["warmup_steps"] not in warm_ups and "longer warm-up",
+        pd.notna(fields["clip_norm"]) and f"clip {fields['clip_norm']:g}",
+        fields["shaping"] != "none" and f"{penalties[fields['shaping']]} {fields['shaping_alpha']:g}"
+        + (f" every {fields['shaping_every']}" if fields["shaping_every"] > 1 else "")]
+    return " + ".join(name for name in names if name) or "no control"
+
+
+def kss_divergence(scale: str) -> list[RunConfig]:
+    """Divergence without control, with clipping, with KSS at paper K's doses and applied at every
+    step; 24 runs each (paper K, Table 3, Fig. 2)."""
+    at_paper = [dict(shaping="kss", shaping_alpha=alpha) for alpha in (0.10, 0.15, 0.20)]
+    at_every_step = [EVERY_STEP | dict(shaping_alpha=alpha) for alpha in (0.15, 1.5, 5.0)]
+    arms = [{}, dict(clip_norm=0.5), dict(clip_norm=1.0), *at_paper, *at_every_step]
+    if scale == "quick":
+        arms = [{}, dict(clip_norm=1.0), at_paper[1], at_every_step[2]]
+    return grid(control(scale), arm=arms, lr=control_lrs(scale), seed=control_seeds(scale))
+
+
+def kss_dose(scale: str) -> list[RunConfig]:
+    """Divergence against alpha and how often KSS is applied, beside what `kss_divergence` has of it."""
+    alphas, everies = ([0.15, 5.0], [1, 10]) if scale == "quick" else ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10])
+    cells = grid(control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies,
+                 lr=control_lrs(scale)[3::2] or control_lrs(scale)[-1:], seed=control_seeds(scale)[:2])
+    return [config for config in cells if config not in kss_divergence(scale)]
+
+
+def kss_readings(scale: str) -> list[RunConfig]:
+    """KSS at every step under other readings of the paper's text, at two alphas."""
+    readings = [dict(shaping_dmd="random"), dict(shaping_dmd="whitened"), dict(shaping_gradient="input"),
+                dict(shaping_gradient="output"), dict(shaping_reduction="mean"), dict(shaping_beta=10.0)]
+    if scale == "quick":
+        readings = readings[1:3]
+    return grid(control(scale, **EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale == "quick":],
+                lr=control_lrs(scale)[3::2] or control_lrs(scale)[-1:], seed=control_seeds(scale)[:2])
+
+
+def kss_ablations(scale: str) -> list[RunConfig]:
+    """One term of KSS alone, and other penalties on the same states, at alpha 5 and, but for the unstable
+    term, at an alpha that gives the same gradient at initialization (paper K, Table 6)."""
+    arms = [dict(shaping="unstable"), *(dict(shaping=name, shaping_alpha=alpha) for name, matched in
+                                        PENALTY_ALPHAS.items() for alpha in (5.0, matched))]
+    if scale == "quick":
+        arms = [dict(shaping="unstable"), dict(shaping="residual_norm", shaping_alpha=1200.0)]
+    return grid(control(scale, **EVERY_STEP), arm=arms, lr=control_lrs(scale)[1::2], seed=control_seeds(scale))
+
+
+def kss_learning(scale: str) -> list[RunConfig]:
+    """What prevention costs where recall is learned, with larger initial weights, fewer symbols, longer.
+    The gradient's norm has no limit, as that of the penalty starts near 100 and would end runs whose loss is fine."""
+    setting = control(scale, n_layers=2, init="fan_in", vocab_size=32, seq_len=12, diverge_grad_norm=None)
+    arms = [{}, dict(clip_norm=1.0), dict(shaping="kss"), EVERY_STEP, EVERY_STEP | dict(shaping_alpha=0.5)]
+    if scale == "quick":
+        return grid(setting, arm=[{}, EVERY_STEP], lr=[6e-3], seed=control_seeds(scale))
+    steps = max(1500, setting.steps)
+    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=[1.5e-3, 3e-3, 6e-3, 1.2e-2],
+                seed=control_seeds(scale))
+
+
+STUDIES = (kss_divergence, kss_dose, kss_readings, kss_ablations, kss_learning)
+
+CLAIMS = (
+    Claim("KT3.uncontrolled", "K Table 3",
+          "without norms and without control, training diverges at LR 0.005 to 0.01", "66.7%",
+          "share of runs without control that diverge", ">", 0.5),
+    Claim("KT3.clipping", "K Table 3", "clipping helps little", "58.3% with clipping at 1.0, 50.0% at 0.5",
+          "share of runs with clipping, at 0.5 and 1.0, that diverge", ">", 0.33),
+    Claim("KT3.kss-at-paper", "K Table 3", "KSS with alpha 0.15 at every tenth step prevents divergence",
+          "12.5% against 66.7%", "diverged share, KSS at the paper's alpha 0.15 minus no control", "<", 0.0),
+    Claim("KT3.kss-every-step", "ours", "KSS with alpha 5 at every step prevents divergence", "not tested",
+          "diverged share, KSS at alpha 5 and every step minus no control", "<", 0.0),
+    Claim("KF2.dose", "K Fig. 2", "within the paper's range, more KSS prevents more divergence",
+          "25.0%, 12.5%, 8.3% at alpha 0.10, 0.15, 0.20", "diverged share, alpha 0.20 minus 0.10, every tenth step",
+          "<", 0.0),
+    Claim("KT3.near-unit-mass", "K Table 3", "KSS lowers near-unit mass", "0.58 against 0.85",
+          "M1 at the last reading, KSS at alpha 5 and every step minus no control", "<", 0.0),
+    Claim("KT3.accuracy", "K Table 3", "KSS raises accuracy", "48.2% against 28.5%",
+          "final accuracy, KSS at alpha 5 and every step minus no control", ">", 0.0),
+    Claim("KT3.learning", "ours", "where recall is learned, preventing divergence costs no accuracy", "not tested",
+          "final accuracy at each arm's best LR, KSS at alpha 5 and every step minus no control", ">", -0.05),
+    Claim("KT6.unstable-term", "K Table 6", "full KSS prevents more than its unstable term alone",
+          "12.5% against 33.3%", "diverged share, full KSS minus its unstable term, alpha 5, every step", "<", 0.0),
+    Claim("KT6.near-unit-term", "K Table 6", "full KSS prevents more than its near-unit term alone",
+          "12.5% against 41.7%",
+          "diverged share, full KSS minus its near-unit term at the better of two doses", "<", 0.0),
+    Claim("KT6.random-l2", "K Table 6", "KSS prevents more than a random l2 penalty on residuals",
+          "12.5% against 54.2%", "diverged share, KSS minus random l2 at the better of two doses", "<", 0.0),
+    Claim("KT6.jacobian", "K Table 6", "KSS prevents more than a penalty on the layers' Jacobians",
+          "12.5% against 45.8%", "diverged share, KSS minus Jacobian penalty at the better of two doses", "<", 0.0),
+    Claim("KT6.activation-variance", "K Table 6", "KSS prevents more than a penalty on the activations' variance",
+          "12.5% against 50.0%", "diverged share, KSS minus variance penalty at the better of two doses", "<", 0.0),
+    Claim("KT6.residual-norm", "ours", "KSS prevents more than a plain penalty on the residual stream's norm",
+          "not tested", "diverged share, KSS minus norm penalty at the better of two doses", "<", 0.0),
+    Claim("KT6.correlation", "K Table 6", "what lowers M1 prevents divergence", "r = -0.87",
+          "correlation over arms of the change in M1 with the fall in divergence", "<", -0.5),
+)
