@@ -103,7 +103,7 @@ def proportion_difference(first: tuple[int, int], second: tuple[int, int]) -> Es
 def divergence_rates(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Per group, in the order of first appearance, `diverged` of how many `runs`, their share `rate` and its exact
     interval, `low` to `high`. Runs count as independent, as in paper K, though some share a seed or learning rate."""
-    counts = (runs["status"] != "ok").groupby([runs[name] for name in by], sort=False, dropna=False).agg(
+    counts = (runs["status"] != "ok").groupby([runs[name] for name in _columns(by)], sort=False, dropna=False).agg(
         diverged="sum", runs="size")
     shares = [proportion(int(row.diverged), int(row.runs)) for row in counts.itertuples()]
     return counts.assign(rate=[s.value for s in shares], low=[s.low for s in shares], high=[s.high for s in shares])
@@ -134,7 +134,7 @@ def lr_sensitivity(runs: pd.DataFrame, by: list[str], *, weights: str = "uniform
     """
     if weights not in LR_WEIGHTS:
         raise ValueError(unknown("weights", weights, LR_WEIGHTS))
-    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*by, "seed"], dropna=False)
+    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*_columns(by), "seed"], dropna=False)
     grids = {tuple(group["lr"]) for _, group in groups}
     if any(len(set(grid)) < len(grid) for grid in grids):
         raise ValueError(f"more than one run per LR in a group: add to {by} the field that tells them apart")
@@ -174,14 +174,14 @@ def best_lr(runs: pd.DataFrame, by: list[str], *, reach: int = 1) -> pd.DataFram
             lowest = np.polyval(fit, vertex)
         return pd.Series({"best_lr": 10 ** (x[i] + vertex), "best_loss": lowest, "at_edge": float(not inside)})
 
-    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*by, "seed"], dropna=False)
+    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*_columns(by), "seed"], dropna=False)
     return groups.apply(one, include_groups=False).reset_index().astype({"at_edge": bool})
 
 
 def beyond_best(runs: pd.DataFrame, by: list[str]) -> pd.Series:
     """How far a run's loss lies above the best mean loss of its group where its LR is above the group's best LR (by
     the mean over seeds), else -inf: a run that learns too slowly at a low LR does not fail. Inf where it diverged."""
-    loss, groups = capped_loss(runs), [runs[name] for name in by]
+    loss, groups = capped_loss(runs), [runs[name] for name in _columns(by)]
     over_seeds = loss.groupby([*groups, runs["lr"]], dropna=False).transform("mean")
     best_loss = over_seeds.groupby(groups, dropna=False).transform("min")
     best_lr = runs["lr"].where(over_seeds == best_loss).groupby(groups, dropna=False).transform("min")
@@ -219,7 +219,7 @@ def stable_lr(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd
         return pd.Series({"failing_lr": failing, "largest_stable_lr": below["lr"].max() if len(below) else 0.0,
                           "crossing_lr": crossing})
 
-    return runs.groupby([*by, "seed"], dropna=False).apply(one, include_groups=False).reset_index()
+    return runs.groupby([*_columns(by), "seed"], dropna=False).apply(one, include_groups=False).reset_index()
 
 
 def slopes(frame: pd.DataFrame, x: str, y: str, by: Sequence[str] = ("seed",)) -> pd.Series:
@@ -231,7 +231,7 @@ def slopes(frame: pd.DataFrame, x: str, y: str, by: Sequence[str] = ("seed",)) -
             raise ValueError(f"a slope needs two values of {x}, got {group[x].unique()}: add a size, or leave it out")
         return np.polyfit(group[x], group[y], 1)[0]
 
-    return frame.groupby([*by], dropna=False)[[x, y]].apply(one).rename("slope")
+    return frame.groupby(_columns(by), dropna=False)[[x, y]].apply(one).rename("slope")
 
 
 def slope(frame: pd.DataFrame, x: str, y: str) -> Estimate:
@@ -246,7 +246,7 @@ def difference(frame: pd.DataFrame, value: str, between: str, high: object, low:
     frame = frame.assign(end=np.select([at(high), at(low)], ["high", "low"], ""))
     frame = frame[frame["end"] != ""]
     _reject_nan(frame[value].to_numpy(dtype=float))
-    wide = frame.groupby([*pair, "end"], dropna=False)[value].mean().unstack("end").reindex(columns=["high", "low"])
+    wide = frame.groupby([*_columns(pair), "end"], dropna=False)[value].mean().unstack("end").reindex(columns=["high", "low"])
     gap = (wide["high"] - wide["low"]).rename("gap")
     if gap.isna().any():
         raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")
@@ -349,6 +349,13 @@ def failure_probability(failed: Iterable[bool], score: np.ndarray, at: np.ndarra
         return np.full(len(at), (failed.sum() + 1) / (len(failed) + 2))
     columns = lambda x: x.reshape(len(x), -1)  # noqa: E731
     return LogisticRegression().fit(columns(score), failed).predict_proba(columns(at))[:, 1]
+
+
+def _columns(names: Sequence[str]) -> list[str]:
+    """The names in a list: a bare string would be taken for its letters."""
+    if isinstance(names, str):
+        raise TypeError(f"name columns in a list, got {names!r}: write [{names!r}]")
+    return list(names)
 
 
 def _labels(failed: Iterable) -> np.ndarray:

@@ -535,3 +535,10 @@ def test_a_largest_stable_lr_of_two_runs_at_one_lr_is_refused():
     runs = pd.concat([sweep([3.0, 2.0, 2.6]), sweep([3.0, 2.0, 3.6])]).assign(size=1)
     with pytest.raises(ValueError, match="more than one run per LR"):
         evaluate.stable_lr(runs, ["size"])
+
+
+@pytest.mark.parametrize("question", [evaluate.divergence_rates, evaluate.lr_sensitivity, evaluate.best_lr,
+                                      evaluate.beyond_best, evaluate.mark_failing, evaluate.stable_lr])
+def test_a_bare_column_name_is_refused_with_the_remedy(question):
+    with pytest.raises(TypeError, match=r"name columns in a list, got 'arm': write \['arm'\]"):
+        question(sweep([3.0, 2.0, 2.6]).assign(arm="a"), "arm")
