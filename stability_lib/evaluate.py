@@ -246,7 +246,8 @@ def difference(frame: pd.DataFrame, value: str, between: str, high: object, low:
     frame = frame.assign(end=np.select([at(high), at(low)], ["high", "low"], ""))
     frame = frame[frame["end"] != ""]
     _reject_nan(frame[value].to_numpy(dtype=float))
-    wide = frame.groupby([*_columns(pair), "end"], dropna=False)[value].mean().unstack("end").reindex(columns=["high", "low"])
+    wide = frame.groupby([*_columns(pair), "end"], dropna=False)[value].mean().unstack("end")
+    wide = wide.reindex(columns=["high", "low"])
     gap = (wide["high"] - wide["low"]).rename("gap")
     if gap.isna().any():
         raise ValueError(f"{between} {high!r} and {low!r} do not pair up at {gap[gap.isna()].index.to_list()[:3]}")
