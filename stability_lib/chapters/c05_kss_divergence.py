@@ -25,6 +25,7 @@ PENALTY_ALPHAS = dict(near_unit=290.0, random_l2=1160.0, residual_norm=1200.0, a
 
 
 def control(scale: str, **changes) -> RunConfig:
+    """A model without norms and without control against divergence, read six times on its way."""
     settings = RECALL | CONTROL[check_scale(scale)] | dict(norm="no_norm")
     return RunConfig(**settings | dict(spectra_every=settings["steps"] // 6) | changes)
 
@@ -35,6 +36,7 @@ def control_lrs(scale: str) -> list[float]:
 
 
 def control_seeds(scale: str) -> list[int]:
+    """The paper's seeds."""
     return [42, 123] if scale == "quick" else [42, 123, 456]
 
 
