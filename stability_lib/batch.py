@@ -299,6 +299,7 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.
         raise ValueError(f"--n must be at least 1, got {n}")
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"--tolerance must be a number of nats, 0 or more, got {tolerance}")
+    resolve_device(device)
     checkout()
     everything = [(study, config) for study in studies.STUDIES for config in studies.configs(study, "cpu")]
     chosen = [(study, config, _reference(study, config))  # all of them are found before the first is trained
@@ -380,6 +381,9 @@ def _harvest(path: Path, finished: bool = True) -> dict:
                 if "image/png" in bundle:
                     found["figures"].append((heading, "".join(bundle["image/png"].split())))
                 for row in bundle.get(MIME, []):
+                    if not isinstance(row, dict):
+                        found["notes"].append(f"a verdict is no row: {row!r}")
+                        continue
                     absent = [name for name in _FIELDS if row.get(name) is None]
                     if absent:
                         found["notes"].append(f"the verdict on {row.get('claim', '?')} lacks {', '.join(absent)}")
