@@ -160,7 +160,7 @@ def check_batch(paths: list[Path], output: Path, parameters: dict, cell_timeout:
         if path.parent.resolve() == output.resolve():
             raise ValueError(f"--output {output} holds the notebooks themselves: name another folder")
     Session(**{name: value for name, value in parameters.items() if name in Session.__dataclass_fields__})
-    if cell_timeout is not None and cell_timeout < 1:
+    if cell_timeout is not None and not cell_timeout >= 1:
         raise ValueError(f"--cell-timeout must be at least 1 second, got {cell_timeout}")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -208,9 +208,10 @@ def _execute(path: Path, target: Path, parameters: dict, cell_timeout: int | Non
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    target.unlink(missing_ok=True)  # or what cannot even start would be reported with its last results
+    # papermill formats paths with the parameters: double the braces
     source, destination = (str(name).replace("{", "{{").replace("}", "}}") for name in (path, target.absolute()))
-    try:  # the braces are doubled because papermill formats paths with the parameters
+    try:
+        target.unlink(missing_ok=True)  # or what cannot even start would be reported with its last results
         papermill.execute_notebook(source, destination, parameters=parameters, progress_bar=False,
                                    cwd=str(path.parent), execution_timeout=cell_timeout, kernel_name=kernel,
                                    log_output=False)
