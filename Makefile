@@ -42,8 +42,8 @@ benchmark: $(VENV)/ready-test  ## measure training, probes, spectral profile and
 	$(BIN)/python benchmarks/shaping.py
 
 lock: $(VENV)/ready-test  ## write requirements.lock from what is installed in $(VENV)
-	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/frozen
-	grep -v -f requirements-nodeps.txt $(VENV)/frozen | sed 's/+cpu$$//' > requirements.lock
+	$(BIN)/python -m pip freeze --all --exclude-editable > $(VENV)/frozen
+	grep -v -f requirements-nodeps.txt -e '^pip==' $(VENV)/frozen | sed 's/+cpu$$//' > requirements.lock
 
 clean:  ## remove the virtual environment and the reports, not your runs
 	rm -rf $(VENV) reports

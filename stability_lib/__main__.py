@@ -1,4 +1,4 @@
-"""The command line: `python -m stability_lib reproduce | reference | promote | audit`."""
+"""The command line: `stability-lib reproduce | reference | promote | audit`, or `python -m stability_lib ...`."""
 
 import argparse
 import ast
@@ -10,8 +10,9 @@ from .train import DEVICES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 where something failed or disagreed, 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="python -m stability_lib", description=__doc__.splitlines()[0])
+    """Run one command; returns the exit code: 0, 1 where something failed or disagreed, 2 for a wrong argument, 130
+    after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="stability-lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     reproduce = commands.add_parser("reproduce", help="execute notebooks and write one HTML report")
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     reproduce.add_argument("--recompute", default="missing", help="missing (default), all, or none")
     reproduce.add_argument("--output", type=Path, help="folder for the results (default reports/<scale>)")
     reproduce.add_argument("--cell-timeout", type=int, metavar="SECONDS", help="fail a cell that takes longer")
+    reproduce.add_argument("--kernel", metavar="NAME", help="Jupyter kernel to run in (default the notebooks' own)")
     reproduce.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                            help="another notebook parameter, its value written as in Python")
     reproduce.add_argument("--dry-run", action="store_true",
@@ -45,28 +47,39 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit}
         return command[options.command](options)
-    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, data.DataError) as error:
+    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: finished runs are kept", file=sys.stderr)
+        print("interrupted: runs that are in the store are kept", file=sys.stderr)
         return 130
 
 
 def _reproduce(options) -> int:
     paths = batch.notebooks(options.notebooks)
-    batch.Session(options.scale, options.device, options.recompute)
+    parameters = _parameters(options)
+    output = (options.output or runs.project_root() / "reports" / options.scale).expanduser()
+    settings = dict(cell_timeout=options.cell_timeout, kernel=options.kernel)
+    batch.check_batch(paths, output, parameters, **settings)
     if options.dry_run:
         print(batch.dry_run(paths, options.scale, options.device, options.recompute).to_string(index=False))
         return 0
-    parameters = {"scale": options.scale, "device": options.device, "recompute": options.recompute}
-    parameters |= {name: _value(text) for name, text in options.set}
-    output = options.output or runs.project_root() / "reports" / options.scale
-    summary = batch.reproduce(paths, output, parameters, options.cell_timeout)
-    report = batch.write_report(summary, output, parameters)
+    summary = batch.reproduce(paths, output, parameters, **settings)
     print("\n" + summary.assign(result=summary["error"].replace("", "ok")).drop(columns="error").to_string(index=False))
-    print(f"\nreport: {report}")
-    return int((summary["error"] != "").any())
+    print(f"\nreport: {batch.write_report(summary, output, parameters, options.kernel)}")
+    if summary["error"].eq(batch.INTERRUPTED).any():
+        raise KeyboardInterrupt
+    return int(summary["error"].ne("").any())
+
+
+def _parameters(options) -> dict:
+    parameters = {"scale": options.scale, "device": options.device, "recompute": options.recompute}
+    own = set(parameters)
+    for name, text in options.set:
+        if name in parameters:
+            raise ValueError(f"--set {name}: use --{name}" if name in own else f"--set {name} is given twice")
+        parameters[name] = _value(text)
+    return parameters
 
 
 def _value(text: str):
@@ -79,11 +92,12 @@ def _value(text: str):
 def _reference(options) -> int:
     for study in options.studies:
         studies.configs(study, "cpu")
-    batch.recompute_reference(options.studies or studies.names(), options.device)
+    batch.recompute_reference(options.studies, options.device)
     return 0
 
 
 def _promote(options) -> int:
+    batch.checkout()
     configs = studies.configs(options.study, options.scale)
     count = runs.promote(options.study, configs, runs.load(runs.locate(options.study)))
     print(f"{options.study}: {count} runs are the reference now")

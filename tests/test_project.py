@@ -1,8 +1,15 @@
 """The set-up files agree with each other and with the package."""
 
+import os
+import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -10,7 +17,8 @@ from packaging.specifiers import SpecifierSet
 from stability_lib import data, runs
 
 ROOT = runs.project_root()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
 
 
@@ -50,3 +58,35 @@ def test_every_make_target_of_the_readme_exists():
     named = set(re.findall(r"`make ([a-z]+)", (ROOT / "README.md").read_text()))
     assert named <= targets
     assert {"reproduce", "test", "lab", "reference", "audit", "help"} <= targets
+
+
+def test_every_package_is_packaged():
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "stability_lib").rglob("*.py")}
+    code = {".".join(folder.parts) for folder in folders}
+    assert {*SETTINGS["tool"]["setuptools"]["packages"]} == code
+
+
+def test_the_console_script_is_the_command_line():
+    assert pkgutil.resolve_name(PROJECT["scripts"]["stability-lib"]).__module__ == "stability_lib.__main__"
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_library_and_says_that_commands_need_a_checkout(tmp_path):
+    source, installed, elsewhere = (tmp_path / name for name in ("source", "installed", "elsewhere"))
+    shutil.copytree(ROOT / "stability_lib", source / "stability_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, source],
+                   check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
+    assert packed == {str(path.relative_to(source)) for path in (source / "stability_lib").rglob("*.py")}
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", installed, wheel], check=True)
+    for arguments in (["reproduce", "--dry-run"], ["reference"]):
+        done = subprocess.run([installed / "bin" / "stability-lib", *arguments], cwd=elsewhere, text=True,
+                              env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, timeout=120)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"needs a checkout of the project, with its notebooks and committed runs, and {elsewhere}" in done.stderr
+    assert not [*elsewhere.iterdir()]

@@ -39,13 +39,15 @@ GOLDEN = {
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
 
-def digest(study: str, scale: str) -> str:
-    return hashlib.sha256("".join(run_key(config) for config in studies.configs(study, scale)).encode()).hexdigest()[:8]
+def digest(keys: list[str]) -> str:
+    return hashlib.sha256("".join(keys).encode()).hexdigest()[:8]
 
 
 @pytest.mark.parametrize("study", GOLDEN)
-def test_the_runs_of_a_grid_keep_their_keys(study):
-    assert tuple(digest(study, scale) for scale in studies.SCALES) == GOLDEN[study]
+def test_the_runs_of_a_grid_are_all_different_and_keep_their_keys(study):
+    keys = [[run_key(config) for config in studies.configs(study, scale)] for scale in studies.SCALES]
+    assert all(len(set(of_scale)) == len(of_scale) for of_scale in keys)
+    assert tuple(map(digest, keys)) == GOLDEN[study]
 
 
 def test_every_study_is_pinned():
