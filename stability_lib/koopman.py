@@ -30,6 +30,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from .config import unknown
+from .stream import ProfileError, input_states, residual_layers, stream_states
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +42,6 @@ RHO_TOLERANCE = 1e-8
 METRICS = ("near_unit_mass", "expansive_mass", "contractive_mass", "mid_mass", "spectral_radius",
            "eigenvector_condition", "nonlinearity", "kreiss", "kreiss_scaled", "reliable_share", "update_size")
 """What Alg. 1 aggregates over layers."""
-
-
-class ProfileError(ValueError):
-    """A model, its layers or its states cannot be profiled; the message names what and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,7 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str |
     Args:
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the model's device. What a
             mapping's `attention_mask` [B, T] hides is left out.
-        layers: the stack that writes the stream, or its name; None: see `residual_layers`.
+        layers: the stack that writes the stream, or its name; None: see `stream.residual_layers`.
         positions: token states to use: `all`, `last` of each sequence, positions along T, or a function of `inputs`
             that returns a bool mask [B, T].
         snapshots: N, at most so many token states, drawn from `seed` with a generator of their own; None: all.
@@ -203,51 +200,6 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str |
     if not found:
         raise ProfileError(f"{type(model).__name__} ran none of the {len(stack)} layers: name layers that it runs")
     return Profile(tuple(found), thresholds)
-
-
-def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
-    """The stack of layers that writes to the residual stream of `model`.
-
-    `layers` is that stack or its name. None: the outermost `ModuleList`, or `Sequential` of two or more, whose members
-    are of one class: our decoder's `blocks`, Hugging Face's `h`, `layers`, `layer`. Raises `ProfileError` where there
-    is none, or another with a tenth of its parameters.
-    """
-    if isinstance(layers, str):
-        known = dict(model.named_modules())
-        if layers not in known:
-            stacks = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
-            raise ProfileError(unknown("module", layers, stacks or [name for name in known if name]))
-        layers = known[layers]
-    if layers is not None:
-        stack = list(layers) if isinstance(layers, (Sequence, nn.ModuleList, nn.Sequential)) else []
-        if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
-            raise ProfileError(f"layers must be modules in a list, got {layers!r:.60}: pass the model's list of blocks")
-        return stack
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        stacked = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(module) > 1)
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in sizes)
-        if stacked and not nested and len({type(layer) for layer in module}) == 1:
-            sizes[name] = sum(weight.numel() for weight in module.parameters())
-    ranked = sorted(sizes, key=sizes.get, reverse=True)
-    if not ranked:
-        raise ProfileError(f"{type(model).__name__} has no residual stream to be seen (no list of layers of one class)"
-                           ": pass layers=, the modules whose inputs and outputs are the stream")
-    if len(ranked) > 1 and sizes[ranked[1]] >= sizes[ranked[0]] / 10:
-        raise ProfileError(f"{type(model).__name__} has several stacks, {', '.join(ranked)}: name one with layers=")
-    return list(model.get_submodule(ranked[0]))
-
-
-def stream_states(output) -> Tensor | None:
-    """The stream's states [..., D] in a layer's output, a tensor or several: the first that fits; None: none does."""
-    values = output.values() if isinstance(output, Mapping) else output
-    values = [values] if isinstance(values, Tensor) or values is None else values
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 2), None)
-
-
-def input_states(args: tuple, kwargs: Mapping) -> Tensor | None:
-    """The stream's states among a layer's arguments, as `stream_states`."""
-    return stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
 
 
 def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, layer: int = 0, rank: int | None = None,
