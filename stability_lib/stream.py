@@ -90,6 +90,26 @@ def input_states(args: tuple, kwargs: Mapping) -> Tensor | None:
     return stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
 
 
+def features_last(states: Tensor, layer: nn.Module, channel_dim: int | None = None) -> Tensor:
+    """The states that `layer` passes on as [..., D], D from `channel_dim`.
+
+    Raises `ProfileError` where it is None and D is not, or may not be, the last: images [B, C, H, W], of which no shape
+    tells, and [B, C, L] where parameters of the layer have the size C and none has L.
+    """
+    if states.is_nested:
+        raise ProfileError(f"{type(layer).__name__} passes nested tensors on: pad them (torch.nested.to_padded_tensor)")
+    if channel_dim is not None:
+        if not -states.ndim <= channel_dim < states.ndim:
+            raise ProfileError(f"channel_dim {channel_dim} is none of the {states.ndim} dimensions of the states of "
+                               f"{type(layer).__name__}, {tuple(states.shape)}")
+        return states.movedim(channel_dim, -1)
+    sizes = {size for weight in layer.parameters() for size in weight.shape}
+    if states.ndim > 3 or (states.ndim == 3 and states.shape[1] in sizes and states.shape[2] not in sizes):
+        raise ProfileError(f"{type(layer).__name__} passes states {tuple(states.shape)} on, whose last dimension need not "
+                           "be the features: name theirs with channel_dim= (1 for [B, C, H, W])")
+    return states
+
+
 def token_mask(model: nn.Module, args: tuple, kwargs: Mapping, leading: Sequence[int], *, layer: nn.Module,
                remedy: str = "pass positions=, a function that marks the token states to use") -> Tensor | None:
     """The token states [*leading] that the masks in a model's call leave in, True where real; None: no mask was given.
