@@ -28,6 +28,7 @@ from scipy import linalg, ndimage, optimize
 from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from .config import unknown
@@ -349,7 +350,7 @@ def _watch(model: nn.Module, stack: list[nn.Module], batch, choose: Callable, re
 
     `side_by_side`: whether layers may share an input, as the members of the stream's stack never do.
     """
-    args, kwargs = _call(batch)
+    args, kwargs = _call(model, batch)
     if "use_cache" in inspect.signature(model.forward).parameters:
         kwargs.setdefault("use_cache", False)  # a key-value cache would keep something of every layer alive
     entered, last = [], None
@@ -389,16 +390,23 @@ def _watch(model: nn.Module, stack: list[nn.Module], batch, choose: Callable, re
     return len(rows)
 
 
-def _call(batch) -> tuple[tuple, dict]:
-    """Positional and keyword arguments of a batch, of which no data may be other than tensors."""
+def _call(model: nn.Module, batch) -> tuple[tuple, dict]:
+    """Positional and keyword arguments of a batch, on the model's device."""
     args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     kwargs = dict(batch) if isinstance(batch, Mapping) else {}
     for name, value in [*enumerate(args), *kwargs.items()]:
-        listed = isinstance(value, (list, tuple)) and not all(isinstance(part, Tensor) for part in value)
+        listed = isinstance(value, list) and not all(isinstance(part, Tensor) for part in value)
         other = not isinstance(value, Tensor) if value is batch else isinstance(value, (str, bytes, np.ndarray))
         if listed or other:
             raise ProfileError(f"argument {name!r} of the model is of type {type(value).__name__}: pass tensors, as "
                                'torch.as_tensor or a tokenizer with return_tensors="pt" makes them')
+    devices = [weight.device for weight in model.parameters()]
+    if any(device.type == "meta" for device in devices):
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate's, which loads when called
+            raise ProfileError(f"{type(model).__name__} has weights on the meta device, without values: load them")
+        return args, kwargs
+    if devices:
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), (args, kwargs))
     return args, kwargs
 
 

@@ -105,8 +105,8 @@ def features_last(states: Tensor, layer: nn.Module, channel_dim: int | None = No
         return states.movedim(channel_dim, -1)
     sizes = {size for weight in layer.parameters() for size in weight.shape}
     if states.ndim > 3 or (states.ndim == 3 and states.shape[1] in sizes and states.shape[2] not in sizes):
-        raise ProfileError(f"{type(layer).__name__} passes states {tuple(states.shape)} on, whose last dimension need not "
-                           "be the features: name theirs with channel_dim= (1 for [B, C, H, W])")
+        raise ProfileError(f"{type(layer).__name__} passes states {tuple(states.shape)} on, whose last dimension "
+                           "may not be the features: name theirs with channel_dim= (1 for [B, C, H, W])")
     return states
 
 
