@@ -42,6 +42,8 @@ SMALL = 1e-12
 """The small number in the denominators of eqs. 5 and 10, which the paper does not name."""
 RHO_TOLERANCE = 1e-8
 """For the Kreiss constant a spectral radius above 1 by no more than this is 1: a rotation fitted to data has one."""
+
+
 def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
             layers: str | Sequence[nn.Module] | None = None, positions: str | Sequence[int] | Callable = "all",
             snapshots: int | None = 2048, seed: int = 0, rank: int | None = None, eps: float = 1e-5,

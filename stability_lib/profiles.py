@@ -225,6 +225,7 @@ def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
 
 def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
     """Metrics, columns of `table` (none named: M1, M>1, M<1), against depth; hollow where a layer is degenerate."""
+    from matplotlib.ticker import MaxNLocator
     from seaborn import color_palette
 
     table = profile.table()
@@ -234,5 +235,6 @@ def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
         ax.scatter(table["layer"], table[metric], s=30, edgecolors=[colour], zorder=3,
                    facecolors=["none" if hollow else colour for hollow in table["degenerate"]])
     ax.set(xlabel="layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     return ax
