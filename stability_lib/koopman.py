@@ -138,14 +138,11 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     residuals = off / (_row_norms(left_MxM * gain.cpu().numpy(), values) + SMALL)
     size = np.abs(values)
     rho, order = float(size.max()), np.lexsort((-values.imag, -size))
-    near = (thresholds.near_low <= size) & (size <= thresholds.near_high)
-    expansive, contractive = size > thresholds.near_high, size < thresholds.contractive
     search = modes <= 256 if kreiss is None else kreiss
     scaled = kreiss_constant(a_MxM / max(1.0, rho)) if search else math.nan
     return LayerProfile(
-        layer=layer, width=width, snapshots=n, modes=modes, near_unit_mass=float(near.mean()),
-        expansive_mass=float(expansive.mean()), contractive_mass=float(contractive.mean()),
-        mid_mass=float((~(near | expansive | contractive)).mean()), spectral_radius=rho, eigenvector_condition=kappa,
+        layer=layer, width=width, snapshots=n, modes=modes, **_masses(size, thresholds), spectral_radius=rho,
+        eigenvector_condition=kappa,
         nonlinearity=math.nan if degenerate else float(misfit_DxK.norm()) / (update + SMALL),
         kreiss=math.inf if rho > 1 + RHO_TOLERANCE else scaled, kreiss_scaled=scaled,
         reliable_share=float((residuals <= thresholds.residual).mean()), update_size=update_size,
@@ -217,10 +214,7 @@ def kreiss_constant(a_MxM: np.ndarray) -> float:
         return (-math.log(distance * np.linalg.norm(u)),
                 np.array([-((1 + distance) * slope).imag, distance * slope.real - 1]))
 
-    half = 1 if np.isrealobj(a_MxM) else 2  # the resolvent norm of a real matrix is even in the angle
-    largest = np.angle(values[np.argsort(-np.abs(values))[: 32 * half]])
-    angles = np.unique([*np.linspace(0, half * math.pi, 24 * half + 1), *(abs(largest) if half == 1 else largest)])
-    logs = np.linspace(math.log(1e-6), math.log(1e3 * norm), 16)
+    angles, logs = _angles(values, np.isrealobj(a_MxM)), np.linspace(math.log(1e-6), math.log(1e3 * norm), 16)
     grid = np.array([[rank(angle, log) for log in logs] for angle in angles])
     peaks = np.argwhere(grid == ndimage.maximum_filter(grid, 3, mode="nearest"))
     best = 1.0
@@ -231,6 +225,13 @@ def kreiss_constant(a_MxM: np.ndarray) -> float:
                                 options={"ftol": 1e-13, "gtol": 1e-8})
         best = max(best, math.exp(-top.fun))
     return best
+
+
+def _angles(values: np.ndarray, even: bool) -> np.ndarray:
+    """Of the grid of `kreiss_constant`; half of them where the resolvent norm is even, as that of a real matrix is."""
+    half = 1 if even else 2
+    largest = np.angle(values[np.argsort(-np.abs(values))[: 32 * half]])
+    return np.unique([*np.linspace(0, half * math.pi, 24 * half + 1), *(abs(largest) if even else largest)])
 
 
 def _states(x, y, layer: int, cutoff: float | None, device=None) -> tuple[Tensor, Tensor, float]:
@@ -422,6 +423,15 @@ def _bar(layers: int, progress: bool) -> tqdm:
     from .runs import HEADLESS  # which itself imports what trains models, and so this module
 
     return tqdm(total=layers, unit="layer", disable=not progress or os.environ.get(HEADLESS) == "1")
+
+
+def _masses(size: np.ndarray, thresholds: Thresholds) -> dict[str, float]:
+    """Shares of modes by modulus, which sum to one."""
+    near = (thresholds.near_low <= size) & (size <= thresholds.near_high)
+    expansive, contractive = size > thresholds.near_high, size < thresholds.contractive
+    return {"near_unit_mass": float(near.mean()), "expansive_mass": float(expansive.mean()),
+            "contractive_mass": float(contractive.mean()),
+            "mid_mass": float((~(near | expansive | contractive)).mean())}
 
 
 def _choose(model: nn.Module, inputs, args: tuple, kwargs: Mapping, shape: torch.Size, layer: nn.Module, *, positions,
