@@ -13,246 +13,84 @@ Dimensions: B batch, T position, D model, N snapshots (token states), M modes, K
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import linalg, ndimage, optimize
 from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from tqdm.auto import tqdm
 
 from .config import unknown
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .profiles import METRICS as METRICS
+from .profiles import PAPER, LayerProfile, Profile, Thresholds
+from .profiles import draw_depth as draw_depth
+from .profiles import draw_eigenvalues as draw_eigenvalues
+from .stream import ProfileError, features_last, input_states, residual_layers, stream_states, token_mask, unwrapped
 
 SMALL = 1e-12
 """The small number in the denominators of eqs. 5 and 10, which the paper does not name."""
 RHO_TOLERANCE = 1e-8
 """For the Kreiss constant a spectral radius above 1 by no more than this is 1: a rotation fitted to data has one."""
-METRICS = ("near_unit_mass", "expansive_mass", "contractive_mass", "mid_mass", "spectral_radius",
-           "eigenvector_condition", "nonlinearity", "kreiss", "kreiss_scaled", "reliable_share", "update_size")
-"""What Alg. 1 aggregates over layers."""
 
 
-class ProfileError(ValueError):
-    """A model, its layers or its states cannot be profiled; the message names what and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """Where modes are counted (Alg. 1), unreliable (eq. 10) or degenerate (App. J), and how Fig. 7 decides.
-
-    Ours, as the paper gives no number: `identity`, the relative size of Yt - Xt that counts as vanishing, and the two
-    kappas (stable Pre-LN models at initialisation have hundreds to thousands, more with width).
-    """
-
-    near_low: float = 0.90
-    near_high: float = 1.05
-    contractive: float = 0.80
-    residual: float = 0.1
-    identity: float = 1e-3
-    go_mass: float = 0.3
-    high_mass: float = 0.5
-    modest_kappa: float = 1e4
-    large_kappa: float = 1e6
-
-
-PAPER = Thresholds()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerProfile:
-    """One layer's A over the `modes` directions that the data determine.
-
-    `eigenvalues` (complex, largest modulus first) and their ResDMD `residuals` r_j (eq. 10) are [M]; the four masses
-    sum to one. `eigenvector_condition` is kappa; `nonlinearity` eta in [0, 1] (eq. 5), where what leaves the span of X
-    weighs eps^(-1/2); `kreiss` K(A) (eq. 29), infinite where `spectral_radius` > 1; `kreiss_scaled`
-    K(A / max(1, rho)), finite there too: growth beyond rho^n; `reliable_share` the share of r_j up to 0.1;
-    `update_size` ||Y - X||_F / ||X||_F, not centred. eta and residuals are in-sample: with N <= M + 1 both are 0.
-    A `degenerate` layer leaves all its states as they are (App. J): its masses are no score and its eta is NaN.
-    """
-
-    layer: int
-    width: int
-    snapshots: int
-    modes: int
-    near_unit_mass: float
-    expansive_mass: float
-    contractive_mass: float
-    mid_mass: float
-    spectral_radius: float
-    eigenvector_condition: float
-    nonlinearity: float
-    kreiss: float
-    kreiss_scaled: float
-    reliable_share: float
-    update_size: float
-    degenerate: bool
-    eigenvalues: np.ndarray
-    residuals: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Profile:
-    """The layers of one forward pass in the order in which they ran."""
-
-    layers: tuple[LayerProfile, ...]
-    thresholds: Thresholds
-
-    def table(self) -> pd.DataFrame:
-        """One row per layer with every number of `LayerProfile`."""
-        names = [f.name for f in dataclasses.fields(LayerProfile) if f.name not in ("eigenvalues", "residuals")]
-        return pd.DataFrame([{name: getattr(layer, name) for name in names} for layer in self.layers])
-
-    def summary(self) -> pd.DataFrame:
-        """Mean, max, min and (population) std of each metric over the layers that are not degenerate (Alg. 1)."""
-        table = self.table()
-        values = table.loc[~table["degenerate"], list(METRICS)]
-        with np.errstate(invalid="ignore"):  # the std of an infinite Kreiss constant is NaN
-            std = values.std(ddof=0)
-        return pd.DataFrame({"mean": values.mean(), "max": values.max(), "min": values.min(), "std": std})
-
-    @property
-    def risk(self) -> float:
-        """The risk score, mean M1 (Alg. 1); NaN where all layers are degenerate."""
-        return float(self.summary().loc["near_unit_mass", "mean"])
-
-    def verdict(self) -> str:
-        """One line by the decision flow of Fig. 7, with its reasons and what it does not cover."""
-        limits, skipped = self.thresholds, sum(layer.degenerate for layer in self.layers)
-        if skipped == len(self.layers):
-            return (f"not scored: all {skipped} layers are near the identity, as Fixup and ReZero start "
-                    "(M1 near 1 though training is stable, App. J)")
-        m1, kappa = self.risk, float(self.summary().loc["eigenvector_condition", "mean"])
-        text = f"mean M1 {m1:.2f}, mean kappa {kappa:.3g}"
-        if m1 > limits.high_mass or kappa > limits.large_kappa:
-            text = f"high risk: {text}; use KSS for learning rates over 2x standard, without norms, for new designs"
-        elif m1 < limits.go_mass and kappa <= limits.modest_kappa:
-            text = f"go: {text}"
-        else:
-            text = f"in between: {text}; the paper's flow does not decide"
-        if skipped:
-            text += f"; {skipped} of {len(self.layers)} layers near the identity not scored"
-        fewest = min(self.layers, key=lambda layer: layer.modes / layer.width)
-        if fewest.modes < fewest.width:
-            text += (f"; {fewest.snapshots} token states determine {fewest.modes} of {fewest.width} modes of "
-                     f"layer {fewest.layer}")
-        return text
-
-
-def profile(model: nn.Module, inputs: Tensor | Mapping | tuple, *, layers: str | Sequence[nn.Module] | None = None,
-            positions: str | Sequence[int] | Callable = "all", snapshots: int | None = 2048, seed: int = 0,
-            rank: int | None = None, eps: float = 1e-5, cutoff: float | None = None, thresholds: Thresholds = PAPER,
-            kreiss: bool | None = None) -> Profile:
-    """Profile the residual stream of `model` on one forward pass in eval mode; model and RNGs stay as they were.
+def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
+            layers: str | Sequence[nn.Module] | None = None, positions: str | Sequence[int] | Callable = "all",
+            snapshots: int | None = 2048, seed: int = 0, rank: int | None = None, eps: float = 1e-5,
+            cutoff: float | None = None, thresholds: Thresholds = PAPER, kreiss: bool | None = None,
+            channel_dim: int | None = None, device: torch.device | str | None = None,
+            progress: bool = False) -> Profile:
+    """Profile the residual stream of `model` on a forward pass in eval mode; model and RNGs stay as they were.
 
     Args:
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the model's device. What a
-            mapping's `attention_mask` [B, T] hides is left out.
-        layers: the stack that writes the stream, or its name; None: see `residual_layers`.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or several such batches, as a list or
+            a `DataLoader`, of which as many are run as it takes to have N token states.
+        layers: the stack that writes the stream, or its name; None: see `stream.residual_layers`.
         positions: token states to use: `all`, `last` of each sequence, positions along T, or a function of `inputs`
-            that returns a bool mask [B, T].
+            that returns a bool mask [B, T]. What the call's masks hide (`stream.token_mask`) is left out.
         snapshots: N, at most so many token states, drawn from `seed` with a generator of their own; None: all.
-        rank, eps, cutoff, thresholds, kreiss: as in `layer_profile`.
+        rank, eps, cutoff, thresholds, kreiss, device: as in `layer_profile`.
+        channel_dim: which dimension of the states is D, where it is not the last: 1 for [B, C, H, W].
+        progress: show a bar, but under the batch runner.
 
-    The stream is the first layer's input, then each layer's output, before any final norm. Layers are reduced as they
-    stream by: beside the forward pass, only a few times 2 D x N numbers are alive. Raises `ProfileError`.
+    A layer's X is what it is called with, its Y the stream in its output, before any final norm. Compiled models run
+    eagerly. Layers are reduced as they stream by: beside the forward pass, only a few times 2 D x N numbers are alive;
+    with several batches, the 2 D x N of every layer. Raises `ProfileError`.
     """
-    stack, found = residual_layers(model, layers), []
-    previous = rows = leading = None
+    _whole("snapshots", snapshots, 2)
+    _whole("seed", seed, 0)
+    stack = residual_layers(model, layers)
+    choose = functools.partial(_choose, positions=positions, seed=seed)
+    watch = functools.partial(_watch, unwrapped(model), stack, channel_dim=channel_dim, side_by_side=layers is not None)
+    found: list[LayerProfile] = []
+    with _bar(len(stack), progress) as bar:
+        def reduce(x: Tensor, y: Tensor) -> None:
+            found.append(layer_profile(x, y, layer=len(found), rank=rank, eps=eps, cutoff=cutoff, device=device,
+                                       thresholds=thresholds, kreiss=kreiss, seed=seed))
+            bar.update()
 
-    def snapshot(h: Tensor | None) -> Tensor:
-        nonlocal rows, leading
-        if h is None or leading not in (None, h.shape[:-1]):
-            what = "no states [..., D]" if h is None else f"states {tuple(h.shape)} after {tuple(leading)}"
-            raise ProfileError(f"layer {len(found)} passes on {what}: name layers that pass the same token states on")
-        if rows is None:
-            leading, rows = h.shape[:-1], _choose(h, inputs, positions, snapshots, seed).to(h.device)
-        return h.detach().flatten(0, -2)[rows]
-
-    def enter(module, args, kwargs):
-        nonlocal previous
-        if previous is None:
-            previous = snapshot(input_states(args, kwargs))
-
-    def leave(module, args, output):
-        nonlocal previous
-        current = snapshot(stream_states(output))
-        found.append(layer_profile(previous, current, layer=len(found), rank=rank, eps=eps, cutoff=cutoff,
-                                   thresholds=thresholds, kreiss=kreiss, seed=seed))
-        previous = current
-
-    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        kwargs.setdefault("use_cache", False)  # a key-value cache would keep something of every layer alive
-    with _untouched(model), contextlib.ExitStack() as hooks:
-        for module in dict.fromkeys(stack):  # a shared layer is hooked once and counts each time it runs
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
-        model(*args, **kwargs)
-    if not found:
-        raise ProfileError(f"{type(model).__name__} ran none of the {len(stack)} layers: name layers that it runs")
-    return Profile(tuple(found), thresholds)
-
-
-def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
-    """The stack of layers that writes to the residual stream of `model`.
-
-    `layers` is that stack or its name. None: the outermost `ModuleList`, or `Sequential` of two or more, whose members
-    are of one class: our decoder's `blocks`, Hugging Face's `h`, `layers`, `layer`. Raises `ProfileError` where there
-    is none, or another with a tenth of its parameters.
-    """
-    if isinstance(layers, str):
-        known = dict(model.named_modules())
-        if layers not in known:
-            stacks = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
-            raise ProfileError(unknown("module", layers, stacks or [name for name in known if name]))
-        layers = known[layers]
-    if layers is not None:
-        stack = list(layers) if isinstance(layers, (Sequence, nn.ModuleList, nn.Sequential)) else []
-        if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
-            raise ProfileError(f"layers must be modules in a list, got {layers!r:.60}: pass the model's list of blocks")
-        return stack
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        stacked = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(module) > 1)
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in sizes)
-        if stacked and not nested and len({type(layer) for layer in module}) == 1:
-            sizes[name] = sum(weight.numel() for weight in module.parameters())
-    ranked = sorted(sizes, key=sizes.get, reverse=True)
-    if not ranked:
-        raise ProfileError(f"{type(model).__name__} has no residual stream to be seen (no list of layers of one class)"
-                           ": pass layers=, the modules whose inputs and outputs are the stream")
-    if len(ranked) > 1 and sizes[ranked[1]] >= sizes[ranked[0]] / 10:
-        raise ProfileError(f"{type(model).__name__} has several stacks, {', '.join(ranked)}: name one with layers=")
-    return list(model.get_submodule(ranked[0]))
-
-
-def stream_states(output) -> Tensor | None:
-    """The stream's states [..., D] in a layer's output, a tensor or several: the first that fits; None: none does."""
-    values = output.values() if isinstance(output, Mapping) else output
-    values = [values] if isinstance(values, Tensor) or values is None else values
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 2), None)
-
-
-def input_states(args: tuple, kwargs: Mapping) -> Tensor | None:
-    """The stream's states among a layer's arguments, as `stream_states`."""
-    return stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
+        if isinstance(inputs, (Tensor, Mapping, tuple)):
+            watch(inputs, functools.partial(choose, snapshots=snapshots), lambda _, x, y: reduce(x, y))
+        else:
+            for pairs in _gather(watch, inputs, choose, snapshots):
+                reduce(*(torch.cat(states) for states in zip(*pairs, strict=True)))
+    return Profile(tuple(found), thresholds, rank)
 
 
 def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, layer: int = 0, rank: int | None = None,
                   eps: float = 1e-5, cutoff: float | None = None, thresholds: Thresholds = PAPER,
-                  kreiss: bool | None = None, seed: int = 0) -> LayerProfile:
+                  kreiss: bool | None = None, seed: int = 0,
+                  device: torch.device | str | None = None) -> LayerProfile:
     """Profile one layer from its input and output states, a token state a row.
 
     Args:
@@ -263,12 +101,15 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
             make of them, 4 ulp ||X||_F (1/sqrt(N) + 1/sqrt(D)), and in the arithmetic here, 64 ulp ||X||_F of float64.
         kreiss: search the Kreiss constants; None: up to 256 modes (at 768 it takes longer than all the rest). Without,
             `kreiss` is still infinite where rho > 1, and NaN elsewhere.
+        device: where states are factored, in float64; None: where they are, but on the CPU for MPS, which has none. The
+            eigenvalues are always LAPACK's, on the CPU.
 
     Raises `ProfileError` for states that are not finite, too few, without variance or of unequal shape.
     """
-    if eps <= 0 or (rank is not None and rank < 1):
-        raise ProfileError(f"eps must be positive and rank at least 1, got {eps} and {rank}: the paper's eps is 1e-5")
-    x, y, cutoff = _states(x_NxD, y_NxD, layer, cutoff)
+    _whole("rank", rank, 1)
+    if not 0 < eps < math.inf:
+        raise ProfileError(f"eps must be positive and finite, got {eps}: the paper's eps is 1e-5")
+    x, y, cutoff = _states(x_NxD, y_NxD, layer, cutoff, device)
     update_size = float((y - x).norm() / x.norm())
     n, width = x.shape
     x, y = x - x.mean(0), y - y.mean(0)
@@ -297,14 +138,11 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     residuals = off / (_row_norms(left_MxM * gain.cpu().numpy(), values) + SMALL)
     size = np.abs(values)
     rho, order = float(size.max()), np.lexsort((-values.imag, -size))
-    near = (thresholds.near_low <= size) & (size <= thresholds.near_high)
-    expansive, contractive = size > thresholds.near_high, size < thresholds.contractive
     search = modes <= 256 if kreiss is None else kreiss
     scaled = kreiss_constant(a_MxM / max(1.0, rho)) if search else math.nan
     return LayerProfile(
-        layer=layer, width=width, snapshots=n, modes=modes, near_unit_mass=float(near.mean()),
-        expansive_mass=float(expansive.mean()), contractive_mass=float(contractive.mean()),
-        mid_mass=float((~(near | expansive | contractive)).mean()), spectral_radius=rho, eigenvector_condition=kappa,
+        layer=layer, width=width, snapshots=n, modes=modes, **_masses(size, thresholds), spectral_radius=rho,
+        eigenvector_condition=kappa,
         nonlinearity=math.nan if degenerate else float(misfit_DxK.norm()) / (update + SMALL),
         kreiss=math.inf if rho > 1 + RHO_TOLERANCE else scaled, kreiss_scaled=scaled,
         reliable_share=float((residuals <= thresholds.residual).mean()), update_size=update_size,
@@ -376,10 +214,7 @@ def kreiss_constant(a_MxM: np.ndarray) -> float:
         return (-math.log(distance * np.linalg.norm(u)),
                 np.array([-((1 + distance) * slope).imag, distance * slope.real - 1]))
 
-    half = 1 if np.isrealobj(a_MxM) else 2  # the resolvent norm of a real matrix is even in the angle
-    largest = np.angle(values[np.argsort(-np.abs(values))[: 32 * half]])
-    angles = np.unique([*np.linspace(0, half * math.pi, 24 * half + 1), *(abs(largest) if half == 1 else largest)])
-    logs = np.linspace(math.log(1e-6), math.log(1e3 * norm), 16)
+    angles, logs = _angles(values, np.isrealobj(a_MxM)), np.linspace(math.log(1e-6), math.log(1e3 * norm), 16)
     grid = np.array([[rank(angle, log) for log in logs] for angle in angles])
     peaks = np.argwhere(grid == ndimage.maximum_filter(grid, 3, mode="nearest"))
     best = 1.0
@@ -392,47 +227,30 @@ def kreiss_constant(a_MxM: np.ndarray) -> float:
     return best
 
 
-def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
-    """Every layer's eigenvalues in the complex plane, darker with depth, and the unit circle (paper K, Fig. 1)."""
-    from matplotlib.cm import ScalarMappable  # drawing libraries take seconds to import: not in training processes
-    from matplotlib.colors import Normalize
-    from matplotlib.ticker import MaxNLocator
-    from seaborn import color_palette
-
-    hue = ScalarMappable(Normalize(0, max(len(profile.layers) - 1, 1)), color_palette("crest", as_cmap=True))
-    circle = np.exp(1j * np.linspace(0, math.tau, 361))
-    ax.plot(circle.real, circle.imag, color="0.3", linewidth=1)
-    for layer in profile.layers:
-        ax.scatter(layer.eigenvalues.real, layer.eigenvalues.imag, s=8, alpha=0.6, linewidths=0,
-                   color=hue.to_rgba(layer.layer))
-    ax.figure.colorbar(hue, ax=ax, label="layer", ticks=MaxNLocator(integer=True))
-    ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
-    return ax
+def _angles(values: np.ndarray, even: bool) -> np.ndarray:
+    """Of the grid of `kreiss_constant`; half of them where the resolvent norm is even, as that of a real matrix is."""
+    half = 1 if even else 2
+    largest = np.angle(values[np.argsort(-np.abs(values))[: 32 * half]])
+    return np.unique([*np.linspace(0, half * math.pi, 24 * half + 1), *(abs(largest) if even else largest)])
 
 
-def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
-    """Metrics, columns of `table` (none named: M1, M>1, M<1), against depth; hollow where a layer is degenerate."""
-    from seaborn import color_palette
-
-    table = profile.table()
-    metrics = metrics or ("near_unit_mass", "expansive_mass", "contractive_mass")
-    for metric, colour in zip(metrics, color_palette("deep", len(metrics)), strict=True):
-        ax.plot(table["layer"], table[metric], color=colour, label=metric.replace("_", " "))
-        ax.scatter(table["layer"], table[metric], s=30, edgecolors=[colour], zorder=3,
-                   facecolors=["none" if hollow else colour for hollow in table["degenerate"]])
-    ax.set(xlabel="layer")
-    ax.legend(frameon=False)
-    return ax
-
-
-def _states(x, y, layer: int, cutoff: float | None) -> tuple[Tensor, Tensor, float]:
-    """The states in float64 on their own device (MPS has none: on the CPU), and the cutoff."""
+def _states(x, y, layer: int, cutoff: float | None, device=None) -> tuple[Tensor, Tensor, float]:
+    """The states in float64 on `device`, None: their own (MPS has none: on the CPU), and the cutoff."""
     x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
     if x.ndim != 2 or x.shape != y.shape:
         raise ProfileError(f"layer {layer} takes states {tuple(x.shape)} to {tuple(y.shape)}: name layers that keep "
                            "the stream's width, and pass states [N, D]")
+    if x.is_complex() or y.is_complex():
+        raise ProfileError(f"layer {layer} has complex states: pass real ones, as real and imaginary parts side by "
+                           "side, 2 D wide")
+    for name, states in (("input", x), ("output", y)):
+        if states.device.type == "meta" and type(states) is Tensor:
+            raise ProfileError(f"the {name} of layer {layer} is on the meta device, without values: load the weights")
+    if cutoff is not None and not 0 <= cutoff < math.inf:
+        raise ProfileError(f"cutoff must be at least 0 and finite, got {cutoff}: None takes what rounding makes of X")
     ulp = torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
-    x, y = (states.to("cpu" if states.device.type == "mps" else states.device).double() for states in (x, y))
+    target = device or ("cpu" if x.device.type == "mps" else x.device)
+    x, y = (states.to(target).double() for states in (x, y))
     for name, states in (("input", x), ("output", y)):
         if not states.sum().isfinite() and (broken := int((~states.isfinite()).any(1).sum())):
             raise ProfileError(f"the {name} of layer {layer} is not finite in {broken} of {len(states)} token states: "
@@ -513,30 +331,136 @@ def _row_norms(packed_MxK: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def _choose(h: Tensor, inputs, positions, snapshots: int | None, seed: int) -> Tensor:
-    """Indices of the token states to use among the flattened leading dimensions of h [B, T, D]."""
-    shape = h.shape[:-1]
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    keep = mask.bool().cpu() if mask is not None and mask.shape == shape else torch.ones(shape, dtype=torch.bool)
+def _gather(watch: Callable, batches: Iterable, choose: Callable, snapshots: int | None) -> list[list[tuple]]:
+    """Of each layer, in the order in which they ran, its input and output states [n, D] in each batch until N."""
+    if isinstance(batches, (str, bytes, np.ndarray)) or not isinstance(batches, Iterable):
+        raise ProfileError(f"inputs are of type {type(batches).__name__}: pass a tensor, a tuple or a mapping of the "
+                           "model's arguments, or several of them in a list")
+    pairs, left = defaultdict(list), snapshots
+    for batch in batches:
+        rows = watch(batch, functools.partial(choose, snapshots=left), lambda i, x, y: pairs[i].append((x, y)))
+        left = None if left is None else left - rows
+        if left == 0:
+            break
+    if not pairs:
+        raise ProfileError("inputs hold no batch: pass at least one")
+    return list(pairs.values())
+
+
+def _watch(model: nn.Module, stack: list[nn.Module], batch, choose: Callable, receive: Callable, *,
+           channel_dim: int | None, side_by_side: bool) -> int:
+    """One forward pass, in which `receive(run, x, y)` gets the chosen token states [N, D] of each layer that runs; N.
+
+    `side_by_side`: whether layers may share an input, as the members of the stream's stack never do.
+    """
+    args, kwargs = _call(model, batch)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        kwargs.setdefault("use_cache", False)  # a key-value cache would keep something of every layer alive
+    entered, last = [], None
+    rows = leading = None
+    runs = 0
+
+    def snapshot(h: Tensor | None, layer: nn.Module) -> Tensor:
+        nonlocal rows, leading
+        h = None if h is None else features_last(h, layer, channel_dim)
+        if h is None or leading not in (None, h.shape[:-1]):
+            what = "no states [..., D]" if h is None else f"states {tuple(h.shape)} after {tuple(leading)}"
+            raise ProfileError(f"layer {runs} passes on {what}: name layers that pass the same token states on")
+        if rows is None:
+            leading, rows = h.shape[:-1], choose(model, batch, args, kwargs, h.shape[:-1], layer)
+        return h.detach().flatten(0, -2)[rows.to(h.device)]
+
+    def enter(layer, args, kwargs):
+        entered.append(snapshot(input_states(args, kwargs), layer))
+
+    def leave(layer, args, output):
+        nonlocal last, runs
+        x, y = entered.pop(), snapshot(stream_states(output), layer)
+        if not side_by_side and last is not None and torch.equal(x, last[0]) and not torch.equal(x, last[1]):
+            raise ProfileError(f"layers {runs - 1} and {runs} of {type(model).__name__}, {type(layer).__name__}, get "
+                               "the same input, side by side: name the layers that follow each other with layers=")
+        last = None if side_by_side else (x, y)
+        receive(runs, x, y)
+        runs += 1
+
+    with _untouched(model), contextlib.ExitStack() as hooks:
+        for layer in dict.fromkeys(stack):  # a shared layer is hooked once and counts each time it runs
+            hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(leave).remove)
+        model(*args, **kwargs)
+    if not runs:
+        raise ProfileError(f"{type(model).__name__} ran none of the {len(stack)} layers: name layers that it runs")
+    return len(rows)
+
+
+def _call(model: nn.Module, batch) -> tuple[tuple, dict]:
+    """Positional and keyword arguments of a batch, on the model's device."""
+    args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        listed = isinstance(value, list) and not all(isinstance(part, Tensor) for part in value)
+        other = not isinstance(value, Tensor) if value is batch else isinstance(value, (str, bytes, np.ndarray))
+        if listed or other:
+            raise ProfileError(f"argument {name!r} of the model is of type {type(value).__name__}: pass tensors, as "
+                               'torch.as_tensor or a tokenizer with return_tensors="pt" makes them')
+    devices = [weight.device for weight in model.parameters()]
+    if any(device.type == "meta" for device in devices):
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate's, which loads when called
+            raise ProfileError(f"{type(model).__name__} has weights on the meta device, without values: load them")
+        return args, kwargs
+    if devices:
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), (args, kwargs))
+    return args, kwargs
+
+
+def _whole(name: str, value, least: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= least):
+        raise ProfileError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _bar(layers: int, progress: bool) -> tqdm:
+    from .runs import HEADLESS  # which itself imports what trains models, and so this module
+
+    return tqdm(total=layers, unit="layer", disable=not progress or os.environ.get(HEADLESS) == "1")
+
+
+def _masses(size: np.ndarray, thresholds: Thresholds) -> dict[str, float]:
+    """Shares of modes by modulus, which sum to one."""
+    near = (thresholds.near_low <= size) & (size <= thresholds.near_high)
+    expansive, contractive = size > thresholds.near_high, size < thresholds.contractive
+    return {"near_unit_mass": float(near.mean()), "expansive_mass": float(expansive.mean()),
+            "contractive_mass": float(contractive.mean()),
+            "mid_mass": float((~(near | expansive | contractive)).mean())}
+
+
+def _choose(model: nn.Module, inputs, args: tuple, kwargs: Mapping, shape: torch.Size, layer: nn.Module, *, positions,
+            snapshots: int | None, seed: int) -> Tensor:
+    """Indices of the token states to use among the flattened leading dimensions [B, T] of the states."""
+    try:
+        keep = token_mask(model, args, kwargs, shape, layer=layer)
+    except ProfileError:
+        if isinstance(positions, str):
+            raise
+        keep = None  # the user says which
+    keep = torch.ones(shape, dtype=torch.bool) if keep is None else keep.cpu()
     if callable(positions):
         chosen = torch.as_tensor(positions(inputs)).cpu()
         if chosen.dtype != torch.bool or chosen.shape != shape:
             raise ProfileError(f"positions(inputs) must be a bool mask {tuple(shape)}, got {chosen.dtype} "
                                f"{tuple(chosen.shape)}: mark the token states to use")
-    elif positions == "last":
-        chosen = keep.flip(-1).cumsum(-1).flip(-1) == 1
-    elif positions == "all":
-        chosen = keep
     elif isinstance(positions, str):
-        raise ProfileError(unknown("positions", positions, ("all", "last", "a list", "a function")))
+        if positions not in ("all", "last"):
+            raise ProfileError(unknown("positions", positions, ("all", "last", "a list", "a function")))
+        chosen = keep.flip(-1).cumsum(-1).flip(-1) == 1 if positions == "last" else keep
     else:
-        if not all(-shape[-1] <= i < shape[-1] for i in positions):
-            raise ProfileError(f"positions {list(positions)} are not all within a sequence of {shape[-1]}: choose from "
-                               f"{-shape[-1]} to {shape[-1] - 1}")
+        listed = np.asarray(positions)
+        if listed.ndim != 1 or listed.dtype.kind not in "iu" or not (abs(listed + 0.5) < shape[-1]).all():
+            raise ProfileError(f"positions {positions!r:.60} are not all whole numbers within a sequence of "
+                               f"{shape[-1]}: choose from {-shape[-1]} to {shape[-1] - 1}")
         chosen = torch.zeros_like(keep)
-        chosen[..., list(positions)] = True
-    keep = keep & chosen
-    rows = keep.flatten().nonzero().squeeze(1)
+        chosen[..., listed.tolist()] = True
+    rows = (keep & chosen).flatten().nonzero().squeeze(1)
     if snapshots is not None and len(rows) > snapshots:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[:snapshots].sort().values]
@@ -545,19 +469,28 @@ def _choose(h: Tensor, inputs, positions, snapshots: int | None, seed: int) -> T
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards training flags, buffers and random states are what they were."""
+    """Eager, in eval mode, without gradients; afterwards training flags, buffers and random states are what they were.
+
+    torch's fused path for padded batches is off, as it hands nested tensors from layer to layer.
+    """
     training = {module: module.training for module in model.modules()}
     buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
                for name, buffer in module._buffers.items() if buffer is not None]
-    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.device.type != "cpu"}
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())} - {torch.device("cpu")}
+    devices = {device for device in devices if device.type != "meta"}  # offloaded
     kind = next((device.type for device in devices), "cuda")
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind):
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # whoever has compiled a model has imported it, which takes a second
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind), eager:
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             yield model.eval()
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for module, flag in training.items():
                 module.training = flag
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
+                if buffer.device.type != "meta" and not torch.equal(buffer, before):
                     buffer.copy_(before)

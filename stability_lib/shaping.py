@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CHOICES, RunConfig, unknown
-from .koopman import input_states, residual_layers, stream_states
 from .probes import full_precision
+from .stream import input_states, residual_layers, stream_states
 
 ROUNDING = 1e-6
 """Directions of X smaller than this, relative to its largest, are taken for rounding."""
@@ -88,7 +88,7 @@ class Settings:
 class KSS:
     """Watches the layers of `model` and offers the penalty on their spectra.
 
-    `layers` as in `koopman.residual_layers`. In each forward pass in training mode with gradients, if the step is due,
+    `layers` as in `stream.residual_layers`. In each forward pass in training mode with gradients, if the step is due,
     the states of the drawn layers are kept until `penalty`; of several passes in between, the last counts. `applied`
     and `skipped` count layers; a layer is skipped where its states are not finite or its operator or eigenvectors are
     too ill-conditioned for a gradient, so that none of them can bring a NaN into the parameters.

@@ -1,9 +1,11 @@
 """The profile against Algorithm 1 written out, known spectra, the paper's theorems and peers' models."""
 
 import contextlib
+import json
 import math
 import weakref
 
+import accelerate
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -14,7 +16,21 @@ from pydmd import DMD
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RwkvConfig,
+    RwkvModel,
+)
 
 from stability_lib import data, koopman, models
 from stability_lib.config import CHOICES, RunConfig, replace
@@ -284,6 +300,152 @@ def test_hugging_face_models_are_profiled_along_their_hidden_states(build):
         np.testing.assert_allclose(layer.eigenvalues, expected.eigenvalues, atol=1e-6)
 
 
+def assert_of_their_own(model: nn.Module, call: dict, layers: list[nn.Module], found) -> None:
+    """Each layer's profile is that of what it was called with and what it returned."""
+    seen = []
+
+    def keep(layer, args, kwargs, output):
+        x, y = args[0] if args else kwargs["hidden_states"], output if isinstance(output, torch.Tensor) else output[0]
+        seen.append((x.detach().clone().flatten(0, -2), y.detach().clone().flatten(0, -2)))
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in dict.fromkeys(layers)]
+    with torch.no_grad():
+        model.eval()(**call)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(found)
+    for (x, y), layer in zip(seen, found.layers, strict=True):
+        expected = layer_profile(x, y, kreiss=False)
+        np.testing.assert_allclose(layer.eigenvalues, expected.eigenvalues, atol=1e-6)
+        assert layer.update_size == pytest.approx(float((y - x).norm() / x.norm()), rel=1e-5)
+        assert layer.nonlinearity == pytest.approx(expected.nonlinearity, abs=1e-6)
+
+
+def test_rescaling_between_layers_leaves_the_spectra_as_they_are():
+    """RWKV halves the stream, and what later layers add to it, after every third layer: the same map of other units."""
+    tokens, found = token_ids(40), {}
+    for every in (0, 3):
+        torch.manual_seed(0)
+        model = RwkvModel(RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=6, rescale_every=every,
+                                     context_length=16))
+        found[every] = profile(model, {"input_ids": tokens}, snapshots=None, eps=1e-12, kreiss=False)
+    for plain, rescaled in zip(found[0].layers, found[3].layers, strict=True):
+        np.testing.assert_allclose(rescaled.eigenvalues, plain.eigenvalues, atol=1e-3)
+        assert rescaled.update_size == pytest.approx(plain.update_size, rel=1e-3)
+
+
+def test_what_lies_between_layers_is_not_taken_for_theirs():
+    model = DebertaV2Model(DebertaV2Config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        conv_kernel_size=3, conv_act="gelu", max_position_embeddings=32))
+    call = {"input_ids": token_ids(40)}
+    assert_of_their_own(model, call, list(model.encoder.layer), profile(model, call, kreiss=False))
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=3, n_head=2))
+    blocks = model.transformer.h
+    for layers in ([block.mlp for block in blocks], [blocks[0], blocks[2]]):
+        assert_of_their_own(model, call, layers, profile(model, call, layers=layers, kreiss=False))
+
+
+def test_a_shared_layer_counts_each_time_it_runs():
+    model = AlbertModel(AlbertConfig(vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=4,
+                                     num_attention_heads=2, intermediate_size=32))
+    call = {"input_ids": token_ids(40)}
+    found = profile(model, call, kreiss=False)
+    assert list(found.table()["layer"]) == [0, 1, 2, 3]
+    assert_of_their_own(model, call, list(model.encoder.albert_layer_groups), found)
+
+
+def never(graph, inputs):
+    raise AssertionError("compiled")
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.inner(x).tanh()
+
+
+def residual_stack(depth: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Residual() for _ in range(depth)))
+
+
+def test_compiled_models_are_profiled_without_being_compiled():
+    model, x = residual_stack(), torch.randn(100, 8)
+    expected = profile(model, x, kreiss=False).table()
+    inside = residual_stack()
+    inside.compile(backend=never)
+    by_layer = nn.Sequential(*(torch.compile(layer, backend=never) for layer in model))
+    for compiled in (torch.compile(model, backend=never), inside, by_layer):
+        assert profile(compiled, x, kreiss=False).table().equals(expected)
+
+
+def test_torchs_encoder_is_profiled_on_padded_batches():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    x, hidden = torch.randn(8, 12, 16), torch.arange(12).expand(8, 12) > 8
+    found = profile(model, {"src": x, "src_key_padding_mask": hidden}, kreiss=False)
+    with torch.no_grad():
+        for layer, measured in zip(model.layers, found.layers, strict=True):
+            y = layer.train()(x, src_key_padding_mask=hidden)
+            np.testing.assert_allclose(measured.eigenvalues, layer_profile(x[~hidden], y[~hidden]).eigenvalues,
+                                       atol=1e-5)
+            x = y
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_offloaded_weights_and_buffers_are_loaded_as_they_are_needed():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.inner(self.norm(x))
+
+    model, x = nn.Sequential(Normed(), Normed()), torch.randn(100, 8)
+    here = profile(model, x).table()
+    accelerate.cpu_offload(model, offload_buffers=True)
+    assert profile(model, x).table().equals(here)
+
+
+def test_batches_are_gathered_until_there_are_enough_token_states():
+    model, x = residual_stack(), torch.randn(40, 5, 8)
+    whole = profile(model, x, snapshots=None)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=7)
+    for inputs in (list(x.split(7)), loader, [(part,) for part in x.split(7)], [{"input": part} for part in x.split(7)],
+                   (part for part in x.split(7))):
+        found = profile(model, inputs, snapshots=None)
+        assert [layer.snapshots for layer in found.layers] == [200] * 3
+        for layer, expected in zip(found.layers, whole.layers, strict=True):
+            np.testing.assert_allclose(layer.eigenvalues, expected.eigenvalues, atol=1e-6)
+    run = []
+    model[0].register_forward_pre_hook(lambda *_: run.append(1))
+    found = profile(model, loader, snapshots=60, positions=[0, 1, 2])
+    assert found.layers[2].snapshots == 60 and len(run) == 3  # 21 states a batch
+
+
+def test_the_device_of_the_factorizations_is_a_choice():
+    x, y = states(np.eye(8) / 2, noise=0.1)
+    assert layer_profile(x, y, device="cpu").spectral_radius == layer_profile(x, y).spectral_radius
+    with pytest.raises(RuntimeError, match="meta"):  # it went there
+        layer_profile(x, y, device="meta")
+
+
+def test_a_bar_is_shown_when_asked_for_but_not_by_the_batch_runner(capfd, monkeypatch):
+    model, x = residual_stack(), torch.randn(50, 8)
+    profile(model, x)
+    monkeypatch.setenv("STABILITY_LIB_HEADLESS", "1")
+    profile(model, x, progress=True)
+    assert capfd.readouterr().err == ""
+    monkeypatch.delenv("STABILITY_LIB_HEADLESS")
+    profile(model, x, progress=True)
+    assert "3/3" in capfd.readouterr().err
+
+
 def test_profiling_leaves_the_model_and_the_random_numbers_as_they_were(tiny):
     layers = (nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout()) for _ in range(3))
     model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*layers)).train()
@@ -384,6 +546,50 @@ def test_the_verdict_follows_the_papers_flow(spectrum, word):
     assert profile(layers, torch.randn(100, 4)).verdict().startswith(word)
 
 
+def test_the_verdict_says_what_it_depends_on():
+    model, x = residual_stack(), torch.randn(100, 8)
+    full = profile(model, x).verdict()
+    assert "rank" not in full and "warning" not in full and "meant for models at initialization" in full
+    assert "rank=3 keeps 3 of 8 modes" in profile(model, x, rank=3).verdict()
+    few = profile(model, x, snapshots=8)
+    assert (few.layers[0].modes, few.layers[0].nonlinearity) == (7, pytest.approx(0, abs=1e-9))
+    assert "8 token states determine 7 of 8 modes" in few.verdict() and "rank" not in few.verdict()
+    assert "warning: 8 token states are fitted exactly by 7 modes" in few.verdict()
+    exact = profile(model, x, snapshots=9)
+    assert exact.layers[0].modes == 8 and "warning: 9 token states are fitted exactly" in exact.verdict()
+    assert "warning" not in profile(model, x, snapshots=10).verdict()
+    assert "warning: 4 token states" in profile(model, x, snapshots=4, rank=3).verdict()
+
+
+def test_a_profile_is_written_and_read_without_loss(tmp_path):
+    rotation = nn.Linear(2, 2, bias=False)
+    rotation.weight.data = torch.tensor(1.01 * TURN).float()
+    found = profile(nn.Sequential(rotation, nn.Identity()), torch.randn(50, 2), rank=2, layers=[rotation])
+    degenerate = profile(nn.Sequential(nn.Identity(), nn.Identity()), torch.randn(50, 2))
+    assert math.isinf(found.layers[0].kreiss) and math.isnan(degenerate.layers[0].nonlinearity)
+    for written in (found, degenerate):
+        written.save(tmp_path / "profile.json")
+        json.loads((tmp_path / "profile.json").read_text(), parse_constant=pytest.fail)  # no Infinity, no NaN
+        read = koopman.Profile.load(tmp_path / "profile.json")
+        assert read.table().equals(written.table()) and read.table().dtypes.equals(written.table().dtypes)
+        assert read.verdict() == written.verdict() and read.rank == written.rank
+        for before, after in zip(written.layers, read.layers, strict=True):
+            np.testing.assert_array_equal(after.eigenvalues, before.eigenvalues, strict=True)
+            np.testing.assert_array_equal(after.residuals, before.residuals, strict=True)
+    for text in ("{", '{"layers": 3}', '{"layers": [{}], "thresholds": {}, "rank": null}', "[]"):
+        (tmp_path / "profile.json").write_text(text)
+        with pytest.raises(ProfileError, match=r"profile\.json holds no profile"):
+            koopman.Profile.load(tmp_path / "profile.json")
+
+
+def test_a_profile_has_a_length_a_short_name_and_a_figure():
+    found = profile(residual_stack(), torch.randn(50, 8))
+    assert len(found) == 3 and repr(found) == f"Profile(3 layers, mean M1 {found.risk:.2f})"
+    assert "eigenvalues" not in repr(found.layers[0])
+    figure = found.plot()
+    assert len(figure.axes) == 3 and len(figure.axes[0].collections) == 3 and not plt.get_fignums()
+
+
 def test_token_positions_and_masks_choose_the_states(tiny):
     model, tokens = models.build(tiny, 40), token_ids(40, (32, tiny.seq_len))
     assert profile(model, tokens, positions="last").layers[0].snapshots == 32
@@ -400,10 +606,44 @@ def test_token_positions_and_masks_choose_the_states(tiny):
     (lambda: profile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(9, 3), layers="2"), "unknown module"),
     (lambda: layer_profile(np.eye(4), np.eye(5)), "keep the stream's width"),
     (lambda: layer_profile(np.eye(4), np.eye(4), eps=0.0), "eps must be positive"),
+    (lambda: layer_profile(np.eye(4), np.eye(4), eps=math.nan), "eps must be positive"),
+    (lambda: layer_profile(np.eye(4), np.eye(4), cutoff=math.nan), "cutoff must be"),
+    (lambda: layer_profile(np.eye(4), np.eye(4), rank=2.5), "rank must be a whole number of at least 1, got 2.5"),
+    (lambda: layer_profile(np.eye(4), np.eye(4), rank=True), "rank must be a whole number"),
+    (lambda: layer_profile(np.eye(4), 1j * np.eye(4)), "complex states"),
+    (lambda: layer_profile(torch.ones(4, 4, device="meta"), torch.ones(4, 4)), "the input of layer 0 is on the meta"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), snapshots=-3), "snapshots must be a whole number of at lea"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), snapshots=0), "snapshots must be"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), snapshots=1.5), "snapshots must be"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), seed=0.5), "seed must be"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), positions=[0.5]), r"positions .* whole numbers"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), positions=[True, False]), r"positions .* whole numbers"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), positions=[9]), "choose from -9 to 8"),
+    (lambda: profile(residual_stack(), torch.randn(9, 8), positions=3), "positions 3 "),
+    (lambda: profile(residual_stack().to("meta"), torch.randn(9, 8)), "weights on the meta device"),
+    (lambda: profile(residual_stack(), ["one text", "another"]), "argument 0 of the model is of type str"),
+    (lambda: profile(residual_stack(), "one text"), "inputs are of type str: pass a tensor"),
+    (lambda: profile(residual_stack(), np.eye(8)), "inputs are of type ndarray: pass a tensor"),
+    (lambda: profile(residual_stack(), []), "no batch"),
+    (lambda: profile(residual_stack(), BatchEncoding({"input": [[1, 2]]})), "'input' of the model is of type list"),
+    (lambda: koopman.Thresholds(near_low=math.nan), "holds a NaN"),
+    (lambda: koopman.Thresholds(contractive=0.95), "counted twice"),
 ])
 def test_what_cannot_be_profiled_is_named(call, message):
     with pytest.raises(ProfileError, match=message):
         call()
+
+
+def test_complex_layers_are_refused_as_such():
+    class Turn(nn.Module):
+        def forward(self, z):
+            return 1j * z
+
+    with pytest.raises(ProfileError, match="complex states"):
+        profile(nn.Sequential(Turn(), Turn()), torch.randn(50, 4, dtype=torch.complex64))
+    x = torch.randn(50, 4, dtype=torch.complex128)
+    parts = [torch.view_as_real(z).flatten(1) for z in (x, 1j * x)]  # the remedy
+    np.testing.assert_allclose(np.sort(layer_profile(*parts).eigenvalues.imag), [-1] * 4 + [1] * 4, atol=1e-9)
 
 
 def test_gpt2_initialisation_gives_the_spectra_that_the_norms_differ_by():

@@ -1,0 +1,240 @@
+"""What a spectral profile is: a layer's numbers, the paper's verdict on a model, its table, file and figure.
+
+Dimensions: D model, N snapshots (token states), M modes.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .stream import ProfileError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS = ("near_unit_mass", "expansive_mass", "contractive_mass", "mid_mass", "spectral_radius",
+           "eigenvector_condition", "nonlinearity", "kreiss", "kreiss_scaled", "reliable_share", "update_size")
+"""What Alg. 1 aggregates over layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Where modes are counted (Alg. 1), unreliable (eq. 10) or degenerate (App. J), and how Fig. 7 decides.
+
+    Ours, as the paper gives no number: `identity`, the relative size of Yt - Xt that counts as vanishing, and the two
+    kappas (stable Pre-LN models at initialisation have hundreds to thousands, more with width).
+    """
+
+    near_low: float = 0.90
+    near_high: float = 1.05
+    contractive: float = 0.80
+    residual: float = 0.1
+    identity: float = 1e-3
+    go_mass: float = 0.3
+    high_mass: float = 0.5
+    modest_kappa: float = 1e4
+    large_kappa: float = 1e6
+
+    def __post_init__(self):
+        if any(math.isnan(value) for value in vars(self).values()):
+            raise ProfileError(f"{self} holds a NaN: every threshold is a number")
+        if not self.contractive <= self.near_low <= self.near_high:
+            raise ProfileError(f"contractive {self.contractive}, near_low {self.near_low} and near_high "
+                               f"{self.near_high} must not fall: a mode would be counted twice")
+
+
+PAPER = Thresholds()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """One layer's A over the `modes` directions that the data determine.
+
+    `eigenvalues` (complex, largest modulus first) and their ResDMD `residuals` r_j (eq. 10) are [M]; the four masses
+    sum to one. `eigenvector_condition` is kappa; `nonlinearity` eta in [0, 1] (eq. 5), where what leaves the span of X
+    weighs eps^(-1/2); `kreiss` K(A) (eq. 29), infinite where `spectral_radius` > 1; `kreiss_scaled`
+    K(A / max(1, rho)), finite there too: growth beyond rho^n; `reliable_share` the share of r_j up to 0.1;
+    `update_size` ||Y - X||_F / ||X||_F, not centred. eta and residuals are in-sample: with N <= M + 1 both are 0.
+    A `degenerate` layer leaves all its states as they are (App. J): its masses are no score and its eta is NaN.
+    """
+
+    layer: int
+    width: int
+    snapshots: int
+    modes: int
+    near_unit_mass: float
+    expansive_mass: float
+    contractive_mass: float
+    mid_mass: float
+    spectral_radius: float
+    eigenvector_condition: float
+    nonlinearity: float
+    kreiss: float
+    kreiss_scaled: float
+    reliable_share: float
+    update_size: float
+    degenerate: bool
+    eigenvalues: np.ndarray = dataclasses.field(repr=False)
+    residuals: np.ndarray = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Profile:
+    """The layers of one forward pass in the order in which they ran, and the `rank` that they were projected on."""
+
+    layers: tuple[LayerProfile, ...]
+    thresholds: Thresholds
+    rank: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"Profile({len(self)} layers, mean M1 {self.risk:.2f})"
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer with every number of `LayerProfile`."""
+        names = [f.name for f in dataclasses.fields(LayerProfile) if f.name not in ("eigenvalues", "residuals")]
+        return pd.DataFrame([{name: getattr(layer, name) for name in names} for layer in self.layers])
+
+    def summary(self) -> pd.DataFrame:
+        """Mean, max, min and (population) std of each metric over the layers that are not degenerate (Alg. 1)."""
+        table = self.table()
+        values = table.loc[~table["degenerate"], list(METRICS)]
+        with np.errstate(invalid="ignore"):  # the std of an infinite Kreiss constant is NaN
+            std = values.std(ddof=0)
+        return pd.DataFrame({"mean": values.mean(), "max": values.max(), "min": values.min(), "std": std})
+
+    @property
+    def risk(self) -> float:
+        """The risk score, mean M1 (Alg. 1); NaN where all layers are degenerate."""
+        return float(self.summary().loc["near_unit_mass", "mean"])
+
+    def verdict(self) -> str:
+        """One line by the decision flow of Fig. 7, with its reasons, what it does not cover and what it depends on."""
+        limits, skipped = self.thresholds, sum(layer.degenerate for layer in self.layers)
+        if skipped == len(self):
+            return (f"not scored: all {skipped} layers are near the identity, as Fixup and ReZero start "
+                    "(M1 near 1 though training is stable, App. J)")
+        m1, kappa = self.risk, float(self.summary().loc["eigenvector_condition", "mean"])
+        text = f"mean M1 {m1:.2f}, mean kappa {kappa:.3g}"
+        if m1 > limits.high_mass or kappa > limits.large_kappa:
+            text = f"high risk: {text}; use KSS for learning rates over 2x standard, without norms, for new designs"
+        elif m1 < limits.go_mass and kappa <= limits.modest_kappa:
+            text = f"go: {text}"
+        else:
+            text = f"in between: {text}; the paper's flow does not decide"
+        if skipped:
+            text += f"; {skipped} of {len(self)} layers near the identity not scored"
+        return text + self._reach() + "; the flow is meant for models at initialization"
+
+    def _reach(self) -> str:
+        """Which modes the numbers are of, where not of all, and whether they were fitted without a remainder."""
+        text, fewest = "", min(self.layers, key=lambda layer: layer.modes / layer.width)
+        if fewest.modes == self.rank < fewest.width:
+            text = (f"; rank={self.rank} keeps {fewest.modes} of {fewest.width} modes, those of the largest states, "
+                    "and the verdict depends on it")
+        elif fewest.modes < fewest.width:
+            text = (f"; {fewest.snapshots} token states determine {fewest.modes} of {fewest.width} modes of "
+                    f"layer {fewest.layer}")
+        exact = [layer for layer in self.layers if layer.snapshots <= layer.modes + 1]
+        if exact:
+            text += (f"; warning: {exact[0].snapshots} token states are fitted exactly by {exact[0].modes} modes, "
+                     "whatever the layer does (eta and residuals 0): use several times as many token states")
+        return text
+
+    def plot(self) -> "Figure":
+        """A figure: the eigenvalues of all layers, and M1, M>1 and M<1 against depth."""
+        from matplotlib import pyplot as plt
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+        draw_eigenvalues(left, self)
+        draw_depth(right, self).set(ylabel="share of modes", ylim=(-0.03, 1.03))
+        plt.close(figure)  # a notebook shows what a cell returns, and would show an open figure once more
+        return figure
+
+    def to_dict(self) -> dict:
+        """All of it in lists, numbers and strings; not finite numbers as "inf", "-inf" and "nan", which JSON lacks."""
+        return {"rank": self.rank, "thresholds": _plain(vars(self.thresholds)),
+                "layers": [_plain(vars(layer)) for layer in self.layers]}
+
+    @staticmethod
+    def from_dict(values: Mapping) -> "Profile":
+        """The inverse of `to_dict`. Raises `ProfileError` for what it did not make."""
+        try:
+            layers = tuple(LayerProfile(**{field.name: _restored(layer[field.name], field.type)
+                                           for field in dataclasses.fields(LayerProfile)})
+                           for layer in values["layers"])
+            thresholds = Thresholds(**{name: float(value) for name, value in values["thresholds"].items()})
+            return Profile(layers, thresholds, values["rank"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProfileError(f"not a profile as to_dict makes it ({type(error).__name__}: {error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON; numbers come back exactly."""
+        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False))
+
+    @staticmethod
+    def load(path: str | Path) -> "Profile":
+        """What `save` wrote. Raises `ProfileError` for another file."""
+        try:
+            return Profile.from_dict(json.loads(Path(path).read_text()))
+        except ValueError as error:  # ProfileError, no JSON, no text
+            raise ProfileError(f"{path} holds no profile: {error}") from error
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(part) for part in ([value.real, value.imag] if np.iscomplexobj(value) else value.tolist())]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value, kind: type):
+    if kind is not np.ndarray:
+        return kind(value)
+    numbers = np.array(value, dtype=float)  # of eigenvalues the real and the imaginary parts
+    return np.ascontiguousarray(numbers.T).view(complex)[:, 0] if numbers.ndim == 2 else numbers
+
+
+def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
+    """Every layer's eigenvalues in the complex plane, darker with depth, and the unit circle (paper K, Fig. 1)."""
+    from matplotlib.cm import ScalarMappable  # drawing libraries take seconds to import: not in training processes
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+    from seaborn import color_palette
+
+    hue = ScalarMappable(Normalize(0, max(len(profile.layers) - 1, 1)), color_palette("crest", as_cmap=True))
+    circle = np.exp(1j * np.linspace(0, math.tau, 361))
+    ax.plot(circle.real, circle.imag, color="0.3", linewidth=1)
+    for layer in profile.layers:
+        ax.scatter(layer.eigenvalues.real, layer.eigenvalues.imag, s=8, alpha=0.6, linewidths=0,
+                   color=hue.to_rgba(layer.layer))
+    ax.figure.colorbar(hue, ax=ax, label="layer", ticks=MaxNLocator(integer=True))
+    ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
+    return ax
+
+
+def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
+    """Metrics, columns of `table` (none named: M1, M>1, M<1), against depth; hollow where a layer is degenerate."""
+    from matplotlib.ticker import MaxNLocator
+    from seaborn import color_palette
+
+    table = profile.table()
+    metrics = metrics or ("near_unit_mass", "expansive_mass", "contractive_mass")
+    for metric, colour in zip(metrics, color_palette("deep", len(metrics)), strict=True):
+        ax.plot(table["layer"], table[metric], color=colour, label=metric.replace("_", " "))
+        ax.scatter(table["layer"], table[metric], s=30, edgecolors=[colour], zorder=3,
+                   facecolors=["none" if hollow else colour for hollow in table["degenerate"]])
+    ax.set(xlabel="layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False)
+    return ax
