@@ -257,9 +257,11 @@ class KSS:
             mask = self._positions(*args, **kwargs)
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
                 raise ProfileError(f"{who}, must return a bool mask {tuple(shape)} of the token states to use")
-        else:  # one argument is the tokens
+        else:
+            if len(args) == 1 and isinstance(args[0], Mapping):  # a whole batch
+                args, kwargs = (), {**args[0], **kwargs}
             mask = token_mask(self._model, args, kwargs, shape, layer=layer, remedy=f"pass {who} that marks the token "
-                              "states to use") if len(args) + len(kwargs) > 1 else None
+                              "states to use") if len(args) + len(kwargs) > 1 else None  # one argument is the tokens
         return None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(x.device)
 
     def _random(self, *shape: int, like: Tensor) -> Tensor:

@@ -328,6 +328,27 @@ def test_hidden_tokens_play_no_part_in_any_penalty(build, penalty):
         assert found == pytest.approx([found[0]] * 4, rel=1e-5)
 
 
+class Whole(nn.Module):
+    """Takes a batch as one mapping, as modules of Lightning do."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch):
+        return self.inner(**batch)
+
+
+def test_the_masks_of_a_batch_given_as_a_whole_count_as_well():
+    model, tokens = Whole(tiny_llama()), torch.randint(40, (4, 20))
+    found = []
+    for n in (0, 30):
+        with KSS(model, Settings(penalty="activation_variance", alpha=1.0, every=1)) as kss:
+            model(padded(tokens, n))
+            found.append(float(kss.penalty().detach()))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 class Masked(nn.Module):
     """Says by an argument of no convention which tokens are there, and can run its layers in chunks of 8 positions."""
 
