@@ -8,8 +8,10 @@ Dimensions: B batch, T position, H heads, E head size, V vocabulary.
 """
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ Readings = dict[str, Tensor]
 @contextlib.contextmanager
 def watch(model: nn.Module) -> Iterator[Readings]:
     """Fill the yielded dict during the forward passes inside the `with`; a later pass overwrites an earlier one.
+    A compiled model runs as it was written meanwhile, as hooks see nothing else. Raises `RuntimeError` at the end where
+    there was no pass.
 
     Per block: `attention_logit_max` (over batch, heads and visible pairs), `attention_entropy` (nats, mean over
     queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over visible pairs),
@@ -32,10 +36,11 @@ def watch(model: nn.Module) -> Iterator[Readings]:
         hooks.append(block.attention.core.register_forward_hook(_read_attention(readings, f"block{i}")))
         hooks.append(block.register_forward_hook(_read_output(readings, f"block{i}")))
     try:
-        yield readings
+        with _eager(model):
+            yield readings
+        _require(readings)
     finally:
-        for hook in hooks:
-            hook.remove()
+        unhook(hooks)
 
 
 @contextlib.contextmanager
@@ -51,7 +56,9 @@ def watch_pattern(model: nn.Module, block: int = 0, head: int = 0) -> Iterator[l
 
     handle = model.blocks[block].attention.core.register_forward_hook(hook)
     try:
-        yield patterns
+        with _eager(model):
+            yield patterns
+        _require(patterns)
     finally:
         handle.remove()
 
@@ -62,8 +69,14 @@ def parameters(model: nn.Module) -> Readings:
 
 
 def gradients(model: nn.Module) -> Readings:
-    """`gradient_rms/<layer>` of every weight matrix; call after `backward` and before clipping."""
-    return _rms("gradient_rms", model.named_weights(lambda weight: weight.grad))
+    """`gradient_rms/<layer>` of every weight matrix that has a gradient, as frozen ones have none; call after
+    `backward` and before clipping. Raises `RuntimeError` where none has one."""
+    found = model.named_weights(lambda weight: weight.new_empty(len(weight), 0) if weight.grad is None else weight.grad)
+    found = {name: gradient for name, gradient in found.items() if gradient.numel()}
+    if not found:
+        raise RuntimeError("no weight matrix has a gradient: read them after backward() and before zero_grad(), of a "
+                           "model that is not frozen")
+    return _rms("gradient_rms", found)
 
 
 @contextlib.contextmanager
@@ -78,12 +91,28 @@ def updates(model: nn.Module) -> Iterator[Readings]:
 
 def fetch(readings: Readings) -> dict[str, float]:
     """The readings as floats, in one transfer from the device."""
-    return dict(zip(readings, torch.stack([value.float() for value in readings.values()]).tolist(), strict=True))
+    values = torch.stack([value.float() for value in readings.values()]).tolist() if readings else []
+    return dict(zip(readings, values, strict=True))
 
 
 def probe_steps(steps: int, every: int) -> list[int]:
     """The 0-based steps to probe: every `every`-th, the first and the last; none where `every` is 0."""
     return sorted({*range(0, steps, every), steps - 1}) if every else []
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` has been at the model or a part of it."""
+    return any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in model.modules())
+
+
+def _eager(model: nn.Module):
+    return torch.compiler.set_stance("force_eager") if compiled(model) else contextlib.nullcontext()
+
+
+def _require(found: Readings | list) -> None:
+    if not found:
+        raise RuntimeError("no forward pass was seen: run the model inside the with; of one that was compiled, watch "
+                           "what torch.compile returned")
 
 
 def _read_attention(readings: Readings, block: str):
@@ -133,6 +162,42 @@ def _read_head(readings: Readings):
         readings["logit_mean"] = logits_BxTxV.mean()
         readings["log_z"] = logits_BxTxV.logsumexp(-1).mean()
     return hook
+
+
+def weak_hook(method: Callable) -> Callable:
+    """A hook that does not keep the method's object alive, and that `torch.compile` runs as it is."""
+    found = weakref.WeakMethod(method)
+
+    @torch.compiler.disable
+    def hook(*given):
+        alive = found()
+        return alive(*given) if alive else None
+
+    return hook
+
+
+def unhook(hooks: list) -> None:
+    """Take hooks off their modules and out of the list."""
+    while hooks:
+        hooks.pop().remove()
+
+
+def apart(value, made: dict | None = None):
+    """A copy that no later change to lists, dicts and objects (a key-value cache) reaches; tensors and modules are
+    shared. `made` keeps the copies by the id of what was copied."""
+    made = {} if made is None else made
+    if id(value) in made:
+        return made[id(value)]
+    if type(value) in (list, tuple):
+        return type(value)(apart(held, made) for held in value)
+    plain = not isinstance(value, dict) and not hasattr(value, "__dict__")
+    twin = value if plain or isinstance(value, (Tensor, nn.Module, type)) else copy.copy(value)
+    if twin is not value:
+        made[id(value)] = twin
+        for inside in (twin, getattr(twin, "__dict__", {})):
+            if isinstance(inside, dict):
+                inside.update({name: apart(held, made) for name, held in inside.items()})
+    return twin
 
 
 def _rms(quantity: str, tensors: dict[str, Tensor]) -> Readings:

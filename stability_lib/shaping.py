@@ -18,16 +18,19 @@ Dimensions: B batch, T position, D model, N snapshots (token states), R rank.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import typing
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CHOICES, RunConfig, unknown
-from .probes import full_precision
-from .stream import input_states, residual_layers, stream_states
+from .config import CHOICES, RunConfig, _coerce, unknown
+from .probes import apart, full_precision, unhook, weak_hook
+from .stream import ProfileError, input_states, residual_layers, stream_states, token_mask
 
 ROUNDING = 1e-6
 """Directions of X smaller than this, relative to its largest, are taken for rounding."""
@@ -72,37 +75,51 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name, field in (("penalty", "shaping"), ("dmd", "shaping_dmd"), ("gradient", "shaping_gradient"),
-                            ("reduction", "shaping_reduction")):
-            known = [choice for choice in CHOICES[field] if choice != "none"]
-            if getattr(self, name) not in known:
-                raise ValueError(unknown(name, getattr(self, name), known))
-        for name, least in (("every", 1), ("rank", 1), ("snapshots", 2), ("alpha", 0.0), ("beta", 0.0), ("eps", 0.0)):
-            value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
-                raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        fields = {"penalty": "shaping"} | {name: f"shaping_{name}" for name in ("dmd", "gradient", "reduction")}
+        least = {"every": 1, "rank": 1, "snapshots": 2, "condition_max": 1.0}
+        for name, kind in typing.get_type_hints(Settings).items():
+            value = _coerce(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            known = [choice for choice in CHOICES.get(fields.get(name), ()) if choice != "none"]
+            if known and value not in known:
+                raise ValueError(unknown(name, value, known))
+            if not known and value is not None and not least.get(name, 0) <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least.get(name, 0)} and finite, got {value}")
         if not 0 < self.layer_share <= 1:
             raise ValueError(f"layer_share must be above 0 and at most 1, got {self.layer_share}")
+        if not self.temperature:
+            raise ValueError("temperature must be above 0: at 0 every mode counts by half")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed {self.seed} is too large for torch: choose one below 2**63")
 
 
 class KSS:
     """Watches the layers of `model` and offers the penalty on their spectra.
 
     `layers` as in `stream.residual_layers`. In each forward pass in training mode with gradients, if the step is due,
-    the states of the drawn layers are kept until `penalty`; of several passes in between, the last counts. `applied`
-    and `skipped` count layers; a layer is skipped where its states are not finite or its operator or eigenvectors are
-    too ill-conditioned for a gradient, so that none of them can bring a NaN into the parameters.
+    the states of the drawn layers are kept until `penalty`; of several passes in between, the last counts. Tokens that
+    the masks in the model's call hide do not count; `positions`, a function of the call's arguments that returns a bool
+    mask [B, T] of those that do, replaces the masks. `applied` and `skipped` count layers; a layer is skipped where its
+    states are not finite or its operator or eigenvectors are too ill-conditioned for a gradient, so that none of them
+    can bring a NaN into the parameters. `detach`, the end of a `with`, or that of the last reference take its hooks off
+    the model.
     """
 
     def __init__(self, model: nn.Module, settings: Settings | None = None, *,
-                 layers: str | Sequence[nn.Module] | None = None):
+                 layers: str | Sequence[nn.Module] | None = None, positions: Callable[..., Tensor] | None = None):
         self.settings = settings or Settings()
         self.steps = self.applied = self.skipped = 0
+        self._model, self._positions = model, positions
         self._layers = list(dict.fromkeys(residual_layers(model, layers)))
         self._generator = torch.Generator().manual_seed(self.settings.seed)
-        self._states: dict[nn.Module, tuple[Tensor, Tensor, tuple, dict]] = {}
+        self._call: tuple[tuple, dict] | None = None  # what the model is called with, while it runs
+        self._arguments: dict[nn.Module, tuple[tuple, dict]] = {}
+        self._states: dict[nn.Module, tuple] = {}
+        self._vain, self._said = 0, set()
         self._draw()
-        self._hooks = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self._layers]
+        self._hooks: list = []
+        weakref.finalize(self, unhook, self._hooks)
+        self._attach()
 
     def __enter__(self) -> "KSS":
         return self
@@ -118,37 +135,92 @@ class KSS:
         """alpha times the mean penalty of the drawn layers since the last call, a scalar; 0 where none is due.
 
         With gradient accumulation, add it to each micro-batch's loss and scale both alike. Raises `RuntimeError` where
-        it is due and no forward pass in training mode came before it.
+        it is due and no forward pass in training mode came before it, `ProfileError` where a mask cannot be matched to
+        the states. Warns once where it has no effect: no gradient, or layer after layer skipped.
         """
-        states, self._states = self._states, {}
+        states, _ = self._states, self._forget()
         self._draw()
         if not self.due or not self.settings.alpha:
             return torch.zeros(())
         if not states:
-            raise RuntimeError("no states were seen since the last penalty: call it after a forward pass in training "
-                               "mode with gradients, and kss.step() once after each optimizer.step()")
+            raise RuntimeError(
+                "no states were seen since the last penalty: call it after a forward pass in training mode with "
+                "gradients, and kss.step() once after each optimizer.step(); of a model that had been compiled and run "
+                "before, call torch.compiler.reset() once after making the KSS")
         values = []
-        for layer, (x, y, args, kwargs) in states.items():
+        for layer, (x, y, args, kwargs, call) in states.items():
+            rows = self._rows(layer, x, call)
             with full_precision(x.device.type):
                 jacobian = self.settings.penalty == "jacobian"
-                value = self._jacobian(layer, x, args, kwargs) if jacobian else self._measure(x, y)
+                value = self._jacobian(layer, x, rows, args, kwargs) if jacobian else self._measure(x, y, rows)
             if value is None or not bool(value.isfinite()):
                 self.skipped += 1
             else:
                 values.append(value)
         self.applied += len(values)
-        return self.settings.alpha * torch.stack(values).mean() if values else torch.zeros(())
+        penalty = self.settings.alpha * torch.stack(values).mean() if values else torch.zeros(())
+        self._vain += not self.applied
+        if self._vain == 5:
+            self._warn(f"KSS has skipped every layer so far, {self.skipped} of {self.skipped}: their states are not "
+                       "finite or have too few directions for a gradient: choose a smaller rank or other layers")
+        if values and not penalty.requires_grad:
+            self._warn("the penalty of KSS has no gradient: the layers and what comes before them are frozen, or the "
+                       "settings cut it off")
+        return penalty
 
     def step(self) -> None:
         """Call once after each `optimizer.step()`."""
         self.steps += 1
-        self._states.clear()
+        self._forget()
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._states.clear()
+        unhook(self._hooks)
+        self._forget()
+
+    def state_dict(self) -> dict:
+        """What a loop that is resumed needs, between two steps: numbers, a list and a tensor."""
+        drawn = [i for i, layer in enumerate(self._layers) if layer in self._drawn]
+        return {"steps": self.steps, "applied": self.applied, "skipped": self.skipped, "layers": len(self._layers),
+                "drawn": drawn, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on where `state_dict` was called. Raises `ValueError` where it is of other layers or lacks something."""
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(f"the state of KSS lacks {', '.join(sorted(missing))}: pass what state_dict() returned")
+        if state["layers"] != len(self._layers):
+            raise ValueError(f"the state of KSS is of {state['layers']} layers, and here are {len(self._layers)}: pass "
+                             "the same layers=")
+        self.steps, self.applied, self.skipped = (int(state[name]) for name in ("steps", "applied", "skipped"))
+        self._drawn = {self._layers[i] for i in state["drawn"]}
+        self._generator.set_state(state["generator"].cpu())
+        self._forget()
+
+    def _seek(self, step: int) -> None:
+        """Stand at the beginning of `step` with random numbers that depend on nothing before it."""
+        self.steps = step
+        self._generator.manual_seed(int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0]))
+        self._draw()
+        self._forget()
+
+    def _attach(self) -> None:
+        def put(register: Callable, method: Callable) -> None:
+            self._hooks.append(register(weak_hook(method), with_kwargs=True))
+
+        put(self._model.register_forward_pre_hook, self._enter)
+        for layer in self._layers:
+            if self.settings.penalty == "jacobian":
+                put(layer.register_forward_pre_hook, self._set_apart)
+            put(layer.register_forward_hook, self._keep)
+        put(self._model.register_forward_hook, self._leave)
+
+    def _forget(self) -> None:
+        self._states, self._arguments, self._call = {}, {}, None
+
+    def _warn(self, text: str) -> None:
+        if text[:30] not in self._said:
+            self._said.add(text[:30])
+            warnings.warn(text, stacklevel=3)
 
     def _draw(self) -> None:
         """Choose the layers that the next forward pass keeps: the nearest whole number to `layer_share` of them."""
@@ -156,22 +228,55 @@ class KSS:
         order = torch.randperm(len(self._layers), generator=self._generator).tolist()
         self._drawn = {self._layers[i] for i in order[:n]}
 
+    def _wanted(self, layer: nn.Module) -> bool:
+        return bool(self._hooks) and self.due and layer in self._drawn and layer.training and torch.is_grad_enabled()
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._call = args, kwargs
+
+    def _leave(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        self._call = None
+
+    def _set_apart(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._wanted(layer):
+            self._arguments[layer] = apart((args, kwargs))
+
     def _keep(self, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if self.due and layer in self._drawn and layer.training and torch.is_grad_enabled():
+        if self._wanted(layer):
             x, y = input_states(args, kwargs), stream_states(output)
             if x is None or y is None or x.shape != y.shape:
                 raise ValueError(f"{type(layer).__name__} does not map states [..., D] to states of the same shape: "
                                  "name layers that do with layers=")
-            self._states[layer] = x, y, args, kwargs
+            self._states[layer] = x, y, *self._arguments.pop(layer, (args, kwargs)), self._call
+
+    def _rows(self, layer: nn.Module, x: Tensor, call: tuple[tuple, dict] | None) -> Tensor | None:
+        """Which of the token states count, as indices into N of them; None: all."""
+        args, kwargs = call or ((), {})
+        shape, who = x.shape[:-1], "positions=, a function of the model's arguments"
+        if self._positions is not None:
+            mask = self._positions(*args, **kwargs)
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+                raise ProfileError(f"{who}, must return a bool mask {tuple(shape)} of the token states to use")
+        else:
+            if len(args) == 1 and isinstance(args[0], Mapping):  # a whole batch
+                args, kwargs = (), {**args[0], **kwargs}
+            mask = token_mask(self._model, args, kwargs, shape, layer=layer, remedy=f"pass {who} that marks the token "
+                              "states to use") if len(args) + len(kwargs) > 1 else None  # one argument is the tokens
+        return None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(x.device)
 
     def _random(self, *shape: int, like: Tensor) -> Tensor:
         return torch.randn(*shape, generator=self._generator).to(like)
 
-    def _measure(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """The penalty on one layer's states; None where it cannot be had."""
+    def _measure(self, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The penalty on one layer's states, or on those in `rows`; None where it cannot be had."""
         x_NxD, y_NxD = x.flatten(0, -2), y.flatten(0, -2)
-        if self.settings.snapshots is not None and len(x_NxD) > self.settings.snapshots:
-            rows = torch.randperm(len(x_NxD), generator=self._generator)[: self.settings.snapshots].to(x.device)
+        n = len(x_NxD) if rows is None else len(rows)
+        if n < (2 if self.settings.penalty == "activation_variance" else 1):
+            return None
+        if self.settings.snapshots is not None and n > self.settings.snapshots:
+            drawn = torch.randperm(n, generator=self._generator)[: self.settings.snapshots].to(x.device)
+            rows = drawn if rows is None else rows[drawn]
+        if rows is not None:  # an index costs a quarter of all the time here
             x_NxD, y_NxD = x_NxD[rows], y_NxD[rows]
         x_NxD, y_NxD = (s if s.dtype == torch.float64 else s.float() for s in (x_NxD, y_NxD))
         if self.settings.gradient != "both":
@@ -188,20 +293,27 @@ class KSS:
                              self.settings.condition_max)
         return None if values is None else spectrum_penalty(values, self.settings).to(x_NxD)
 
-    def _jacobian(self, layer: nn.Module, x: Tensor, args: tuple, kwargs: Mapping) -> Tensor:
-        """Both passes here, as under autocast the rounding of y exceeds the difference, and with the same random
-        numbers, as otherwise dropout would."""
-        size = 1e-2 * x.detach().square().mean().sqrt()
-        nearby = x + size * self._random(*x.shape, like=x)
+    def _jacobian(self, layer: nn.Module, x: Tensor, rows: Tensor | None, args: tuple, kwargs: dict) -> Tensor | None:
+        """Both passes here, as under autocast the rounding of y exceeds the difference, with the same random numbers,
+        as otherwise dropout would, and the arguments as they were, as a key-value cache grows with each."""
+        if rows is not None and not len(rows):
+            return None
+        counted = (lambda states: states) if rows is None else (lambda states: states.flatten(0, -2)[rows])
+        size = 1e-2 * counted(x.detach()).square().mean().sqrt()
+        noise = self._random(*counted(x).shape, like=x)
+        if rows is not None:
+            noise = torch.zeros_like(x).flatten(0, -2).index_copy(0, rows, noise).view_as(x)
+        nearby = x + size * noise
 
         def through(states: Tensor) -> Tensor:
             put = lambda value: states if value is x else value  # noqa: E731
+            given, named = apart((args, kwargs))
             with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
                 torch.manual_seed(self.settings.seed + self.steps)
-                return stream_states(layer.forward(*map(put, args), **{name: put(v) for name, v in kwargs.items()}))
+                return stream_states(layer.forward(*map(put, given), **{name: put(v) for name, v in named.items()}))
 
         y, moved = through(x), through(nearby)
-        return ((moved - y) / size).square().mean()
+        return counted((moved - y) / size).square().mean()
 
 
 def spectrum_penalty(eigenvalues: Tensor, settings: Settings) -> Tensor:
@@ -279,36 +391,15 @@ def attach(model: nn.Module, config: RunConfig) -> KSS | None:
                                **{name: getattr(config, f"shaping_{name}") for name in names}))
 
 
-def trainer_callback(settings: Settings | None = None, layers: str | Sequence[nn.Module] | None = None):
+def trainer_callback(settings: Settings | None = None, layers: str | Sequence[nn.Module] | None = None,
+                     positions: Callable[..., Tensor] | None = None):
     """A callback that adds the penalty to the loss of a Hugging Face `Trainer`: `Trainer(..., callbacks=[
     trainer_callback(Settings(alpha=5, every=1))])`. Its `kss` counts what was done.
 
-    The model must compute its own loss, from labels in its inputs.
+    The model must compute its own loss, from labels in its inputs. What is printed and the Trainer's `log_history` show
+    `loss`, which is minimised, and its parts `task_loss` and `penalty`. What is drawn depends on seed and global step
+    alone, so that a resumed run goes on as one that was not interrupted.
     """
-    from transformers import TrainerCallback  # takes seconds to import, and only its users have it
+    from .callbacks import ShapingCallback  # transformers takes seconds to import, and only its users have it
 
-    class Callback(TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **kwargs):
-            self.kss = KSS(model, settings, layers=layers)
-
-            def add(module, positional, named, output):
-                if not (module.training and torch.is_grad_enabled()):
-                    return
-                if not isinstance(output, Mapping) or output.get("loss") is None:
-                    raise ValueError("the model's output has no loss to add the penalty to: pass labels in the inputs, "
-                                     "and no label smoothing or compute_loss_func")
-                # a loss that the model divides by the items of all micro-batches is not divided again by their number
-                parts = args.gradient_accumulation_steps if named.get("num_items_in_batch") is not None else 1
-                output["loss"] = output["loss"] + self.kss.penalty() / parts
-
-            self.hook = model.register_forward_hook(add, with_kwargs=True)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.kss.step()
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.hook.remove()
-            self.kss.detach()
-
-    return Callback()
-
+    return ShapingCallback(settings, layers, positions)

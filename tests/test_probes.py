@@ -383,3 +383,51 @@ def test_readings_of_the_first_step_are_those_of_the_initial_weights(tiny):
     curves = train_run(config).curves
     start = probes.fetch(probes.parameters(models.build(config, 84)))
     assert {name: curves[name][0] for name in start} == start
+
+
+@pytest.mark.parametrize("frozen, names", [
+    ("blocks.0", [f"block0.{part}" for part in ("q", "k", "v", "out", "mlp_up", "mlp_down")]), ("embed", ["embed"]),
+    ("blocks.1.attention.qkv", ["block1.q", "block1.k", "block1.v"])])
+def test_frozen_weights_have_no_gradient_to_read_and_all_others_do(tiny, frozen, names):
+    model = uneven_model(tiny)
+    model(tokens(tiny)).sum().backward()
+    everything = probes.fetch(probes.gradients(model))
+    model.zero_grad()
+    model.get_submodule(frozen).requires_grad_(False)
+    model(tokens(tiny)).sum().backward()
+    read = probes.fetch(probes.gradients(model))
+    assert everything.keys() - read.keys() == {f"gradient_rms/{name}" for name in names}
+    assert read and read.keys() <= everything.keys()
+
+
+def test_a_model_without_any_gradient_is_said_to_have_none(tiny):
+    with pytest.raises(RuntimeError, match=r"no weight matrix has a gradient: read them after backward\(\)"):
+        probes.gradients(models.build(tiny, V))
+
+
+def test_nothing_read_is_nothing_fetched():
+    assert probes.fetch({}) == {}
+
+
+@pytest.mark.parametrize("how", ["function", "method"])
+def test_a_compiled_model_is_read_as_it_was_written(tiny, how):
+    model, x = uneven_model(tiny), tokens(tiny)
+    with probes.watch(model) as plain, probes.watch_pattern(model) as pattern:
+        model(x)
+    compiled = torch.compile(model, backend="eager") if how == "function" else model
+    if how == "method":
+        model.compile(backend="eager")
+    try:
+        expected = compiled(x)
+        with probes.watch(compiled) as readings, probes.watch_pattern(compiled) as patterns:
+            compiled(x)
+        assert probes.fetch(readings) == probes.fetch(plain) and torch.equal(patterns[0], pattern[0])
+        torch.testing.assert_close(compiled(x), expected)
+        assert hooks_on(model) == 0
+        if how == "function":
+            for watcher in (probes.watch, probes.watch_pattern):
+                with pytest.raises(RuntimeError, match=r"no forward pass was seen: .* what torch.compile returned"):
+                    with watcher(model):
+                        compiled(x)
+    finally:
+        torch.compiler.reset()
