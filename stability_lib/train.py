@@ -110,7 +110,7 @@ def train_run(config: RunConfig, device: str = "cpu", threads: int | None = 1) -
 
     Raises `DataError` or `ValueError` before any training where the config cannot be run.
     """
-    device = resolve_device(device)
+    device, config = resolve_device(device), data.pin(config)
     with cpu_threads(threads):
         return _train(config, device)
 
