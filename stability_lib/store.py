@@ -290,6 +290,7 @@ def writer(path: Path) -> Iterator["Writer"]:
         with contextlib.closing(Writer(path, rows)) as opened:
             opened.write({})
             yield opened
+            opened.write({})  # in case the file was deleted after the last row
     finally:
         lock.release()
 

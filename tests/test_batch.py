@@ -153,6 +153,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "STUDIES", {name: lambda scale, seed=seed: [replace(tiny, seed=seed)]
                                              for seed, name in enumerate(("one", "two"))})
     monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    monkeypatch.setattr("stability_lib.store.project_root", lambda: tmp_path)
     monkeypatch.delenv("STABILITY_LIB_RUNS", raising=False)
     monkeypatch.setenv(runs.HEADLESS, "1")
     runs._machine.cache_clear()
