@@ -352,10 +352,15 @@ def _start_worker(parent: int) -> None:
 
 @functools.cache
 def _exit_with(parent: int) -> None:
+    """End this worker when the process that started it is gone."""
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+        try:
+            if os.getppid() != parent:  # multiprocessing's fork server lies between
+                multiprocessing.parent_process().join()
+            while os.getppid() == parent:
+                time.sleep(0.5)
+        finally:
+            os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -368,7 +373,7 @@ def _work(config: RunConfig, device: str, sweeper: int, sweep: str) -> dict:
     """
     starter = multiprocessing.parent_process()
     if starter is not None and starter.pid == sweeper:
-        _exit_with(os.getppid())
+        _exit_with(sweeper)
     return to_row(train_run(config, device), device)
 
 
