@@ -250,7 +250,7 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
     if 2 * pairs >= config.seq_len or pairs >= half:
         raise DataError(f"recall_pairs {pairs} do not fit in seq_len {config.seq_len} with {2 * half} symbols: "
                         f"choose at most {min((config.seq_len - 1) // 2, half - 1)}")
-    keys = 1 + torch.rand(n, half - 1, generator=generator).argsort(1)[:, :pairs]
+    keys = 1 + torch.rand(n, half - 1, generator=generator, dtype=torch.float32).argsort(1)[:, :pairs]
     values = half + torch.randint(half, (n, pairs), generator=generator)
     asked = torch.randint(pairs, (n, 1), generator=generator)
     sequences = torch.zeros(n, config.seq_len + 1, dtype=torch.int64)
