@@ -19,6 +19,10 @@ from collections.abc import Iterable, Mapping
 SCHEMA = 1
 """Raise it when the same config starts to mean another computation; old keys then no longer match."""
 
+TEXTS = ("shakespeare", "wikitext103", "c4")
+SOURCES = (*TEXTS, "recall", "digits")
+"""The values of `data` that are names; any other is the path of a user's own text."""
+
 CHOICES = {
     "norm": ("pre_ln", "rmsnorm", "post_ln", "deepnorm", "deepnorm_pre", "subln", "no_norm"),
     "positions": ("rotary", "learned"),
@@ -56,8 +60,11 @@ class RunConfig:
 
     # data
     data: str = "shakespeare"
-    """A name in `data.SOURCES`. With `recall` (paper K, App. D.1) and `digits` only the last symbol of a sequence, the
-    value or the class, is scored; `digits` makes the model a Vision Transformer on `seq_len` pixels."""
+    """A name in `SOURCES` or the path of a text, see `data.pin`. With `recall` (paper K, App. D.1) and `digits` only
+    the last symbol of a sequence, the value or the class, is scored; `digits` makes the model a Vision Transformer on
+    `seq_len` pixels."""
+    data_digest: str | None = None
+    """SHA-256 of a user's own text, filled in by `data.pin`; it stands for the path in the run's key."""
     tokenizer: str = "bytes"
     """What a text's symbols are. `bpe`: byte-pair encoding, learned on the training part."""
     vocab_size: int | None = None
@@ -171,6 +178,8 @@ class RunConfig:
                 if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                     least = "zero or more" if name in _MAY_BE_ZERO else "positive"
                     raise ValueError(f"{name} must be {least}, got {value}")
+        if self.data_digest is not None and self.data in SOURCES:
+            raise ValueError(f"data_digest belongs to a text of one's own, and {self.data!r} is none: choose None")
         if self.d_model % 2:
             raise ValueError(f"d_model {self.d_model} is odd: rotary positions turn pairs, choose an even one")
         if self.d_model % (2 * self.n_heads):
@@ -236,9 +245,16 @@ def non_default(config: RunConfig) -> dict:
 def run_key(config: RunConfig) -> str:
     """16 hex digits that identify the computation: a hash of the canonical JSON of schema and non-default fields.
 
-    Because defaults are left out, a field added later with a default keeps every old key.
+    Because defaults are left out, a field added later with a default keeps every old key. A user's own text enters by
+    its digest and not by its path; `ValueError` where it has none.
     """
-    canonical = json.dumps({"schema": SCHEMA, "config": non_default(config)}, sort_keys=True, separators=(",", ":"))
+    fields = non_default(config)
+    if config.data not in SOURCES:
+        if config.data_digest is None:
+            raise ValueError(f"data {config.data!r} is none of {_listed(SOURCES)} and has no data_digest: call "
+                             "data.pin(config) first, which reads a text of one's own")
+        del fields["data"]
+    canonical = json.dumps({"schema": SCHEMA, "config": fields}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

