@@ -261,6 +261,7 @@ def test_too_little_free_space_is_an_error_before_any_training(store, monkeypatc
 def test_a_full_disk_keeps_earlier_runs_and_holds_the_finished_ones_until_there_is_room(store, another_process):
     process = another_process(f"""
         import resource
+        from stability_lib.runs import StoreError
         store = Store({store.local!r})
         runs.ensure(THREE[:1], store, executor=Serial())
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
