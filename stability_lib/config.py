@@ -46,6 +46,10 @@ CHOICES = {
 _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
                 "probe_every", "attention_maps", "beta1", "beta2", "spectra_every", "gradient_penalty", "sam_rho",
                 "shaping_alpha", "shaping_beta"}
+_AT_MOST = {"d_model": 2**20, "base_width": 2**20, "n_layers": 10_000, "steps": 10**8, "lr": 1e30,
+            "weight_decay": 100.0}
+"""Beyond it a run takes years, or a product of these leaves the range of fp32."""
+_FP32_TINY, _FP32_MAX = 1.2e-38, 3.4e38
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ class RunConfig:
     """muParam variant (Sec. 3.2.4): `mup_simple` scales the LR of linear layers by base fan-in / fan-in,
     `mup_intermediate` also the head's initial std, `mup_full` also the attention scale, with zero queries."""
     base_width: int = 256
-    """The d_model at which muParam and the standard parametrization agree."""
+    """The d_model at which muParam and the standard parametrization agree, all of `mup_simple` and `mup_intermediate`;
+    `mup_full` keeps its attention scale and its zero queries there."""
 
     # optimizer
     optimizer: str = "adamw"
@@ -131,8 +136,8 @@ class RunConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     decay: str = "independent"
-    """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda
-    theta."""
+    """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
+    with the layer's own LR: under muParam lr times its multiplier."""
     clip_norm: float | None = 1.0
     z_loss: float = 1e-4
     gradient_penalty: float = 0.0
@@ -173,11 +178,19 @@ class RunConfig:
             if name in CHOICES and value not in CHOICES[name]:
                 raise ValueError(f"{name} {value!r} is unknown: choose {_listed(CHOICES[name])}")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if not math.isfinite(value):
+                if abs(value) == math.inf or value != value:
                     raise ValueError(f"{name} must be finite, got {value}")
                 if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                     least = "zero or more" if name in _MAY_BE_ZERO else "positive"
                     raise ValueError(f"{name} must be {least}, got {value}")
+                if 0 < value < _FP32_TINY and name not in _MAY_BE_ZERO:
+                    raise ValueError(f"{name} must be at least {_FP32_TINY}, as it is zero in fp32, got {value}")
+                most = _AT_MOST.get(name, 2**63 - 1 if isinstance(value, int) else _FP32_MAX)
+                if value > most:
+                    raise ValueError(f"{name} must be at most {most}, got {value}")
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.data_digest is not None and self.data in SOURCES:
             raise ValueError(f"data_digest belongs to a text of one's own, and {self.data!r} is none: choose None")
         if self.d_model % 2:
@@ -190,8 +203,12 @@ class RunConfig:
         if self.attention_maps > (self.steps if self.n_layers else 0):
             raise ValueError(f"attention_maps {self.attention_maps} needs a block to look at and as many steps: "
                              f"choose at most {self.steps if self.n_layers else 0}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed {self.seed} is too large for torch: choose one below 2**63")
+        for name, off in (("shaping", "none"), ("reparametrization", "none"), ("spectra_every", 0)):
+            if not self.n_layers and getattr(self, name) != off:
+                raise ValueError(f"{name} {getattr(self, name)!r} needs blocks: choose {off!r}, or n_layers 1 or more")
+        if self.data == "digits" and self.vocab_size is not None:
+            raise ValueError(f"vocab_size {self.vocab_size} is for text and recall, and digits have 10 classes: choose "
+                             "None")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
         if max(self.beta1, self.beta2) >= 1:
@@ -285,6 +302,8 @@ def grid(base: RunConfig, **axes: Iterable) -> list[RunConfig]:
 def unknown(kind: str, name, known: Iterable[str]) -> str:
     """The one wording for a name that is not among the known ones."""
     known = list(known)
+    if not known:
+        return f"unknown {kind} {name!r}: there is none to choose from"
     near = difflib.get_close_matches(str(name), known, n=1)
     return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"choose {_listed(known)}"
 
@@ -297,7 +316,7 @@ def _reject_unknown(values: Mapping) -> None:
 
 def _listed(names: Iterable) -> str:
     names = [str(name) for name in names]
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+    return "".join(names) if len(names) < 2 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
 @functools.cache
@@ -314,4 +333,7 @@ def _coerce(name: str, value, kind):
     expected = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}[kind]
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, expected):
         raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
-    return kind(value) + 0.0 if kind is float else kind(value)  # + 0.0: -0.0 must not get a key of its own
+    try:
+        return kind(value) + 0.0 if kind is float else kind(value)  # + 0.0: -0.0 must not get a key of its own
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, and the given whole number is beyond all floats") from None

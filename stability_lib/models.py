@@ -167,6 +167,20 @@ def n_params(config: RunConfig) -> int:
     return config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2
 
 
+def least_memory(config: RunConfig) -> int:
+    """Bytes that a run cannot do without: weights, their gradients and one moment or two, what the widest layers keep
+    of a batch for the backward pass, batches and validation sequences."""
+    vocab, number = config.vocab_size or 1, 2 if config.precision == "bf16" else 4
+    weights = n_params(config) + 2 * config.d_model * (vocab if config.causal else 1)
+    kept = config.n_layers * (4 + config.mlp_ratio) * config.d_model + config.scored_positions * vocab // config.seq_len
+    if config.attention == "squared_relu":
+        kept += config.n_layers * config.n_heads * config.length
+    sequences = (config.batch_size + config.eval_sequences) * (config.seq_len + 1)
+    moments = 1 if config.optimizer == "lion" else 2
+    return (4 * (2 + moments) * weights + number * config.batch_size * config.length * kept + 8 * sequences
+            + 8 * config.attention_maps * config.length**2)
+
+
 def training_flops(config: RunConfig, vocab_size: int) -> float:
     """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
     backward, and 12 D T per block and token for attention scores and mixing; all that twice under SAM, and three times

@@ -34,7 +34,8 @@ def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` for `model`; `set_lr` moves it along the schedule.
 
     All three optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
-    s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier.
+    s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier. Under
+    `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda.
     """
     groups: dict[float, list] = {}
     multipliers = lr_multipliers(model, config)

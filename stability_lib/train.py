@@ -7,6 +7,7 @@ same bits: initialisation and batches come from explicit generators and the CPU 
 import contextlib
 import dataclasses
 import math
+import os
 import threading
 import time
 from collections import defaultdict
@@ -152,6 +153,29 @@ def train_run(config: RunConfig, device: str = "cpu", threads: int | None = 1) -
         return _train(data.pin(config), device)
 
 
+def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
+    """The size of the vocabulary and the validation sequences, which a run asks for first.
+
+    Raises `DataError` or `ValueError` where the config cannot be run, or not in the memory of this device.
+    """
+    needed, there = models.least_memory(config), _memory(device)
+    if needed > there:
+        default = RunConfig()
+        large = [f"{name} {getattr(config, name)}" for name in (
+            "d_model", "n_layers", "mlp_ratio", "vocab_size", "batch_size", "seq_len", "eval_sequences",
+            "attention_maps") if (getattr(config, name) or 0) > (getattr(default, name) or 0)]
+        raise ValueError(f"the run needs at least {needed / 1e9:.3g} GB and {device} has {there / 1e9:.3g}: lower "
+                         f"{', '.join(large) or 'batch_size'}")
+    return data.vocab_size(config), data.validation(config)
+
+
+def _memory(device: str) -> float:
+    """All the memory of a device in bytes; infinite where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
     """What the steps of a run share."""
@@ -170,7 +194,7 @@ class _Run:
 
 def _train(config: RunConfig, device: str) -> RunResult:
     started = time.perf_counter()
-    vocab, windows = data.vocab_size(config), data.validation(config)
+    vocab, windows = prepare(config, device)
     model = models.build(config, vocab).to(device)
     run = _Run(config, device, model, optim.build(model, config), shaping.attach(model, config))
     batch_order = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0]))

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stability_lib.config import CHOICES, RunConfig, from_dict, grid, non_default, replace, run_key
+from stability_lib.config import (
+    CHOICES,
+    RunConfig,
+    _listed,
+    from_dict,
+    grid,
+    non_default,
+    replace,
+    run_key,
+    unknown,
+)
 
 DEFAULTS = {
     "seed": 0, "data": "shakespeare", "vocab_size": None, "seq_len": 64, "batch_size": 32, "eval_sequences": 256,
@@ -231,10 +241,35 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_type(changes, remedy)
     ({"warmup_steps": 401}, "warmup_steps 401 exceeds steps 400: shorten the warm-up"),
     ({"steps": 10}, "warmup_steps 20 exceeds steps 10: shorten the warm-up"),
     ({"n_layers": 0, "attention_maps": 2}, r"attention_maps 2 needs a block .* choose at most 0"),
+    ({"n_layers": 0, "shaping": "kss"}, "shaping 'kss' needs blocks: choose 'none', or n_layers 1 or more"),
+    ({"n_layers": 0, "reparametrization": "weight_norm"}, "reparametrization 'weight_norm' needs blocks"),
+    ({"n_layers": 0, "spectra_every": 5}, "spectra_every 5 needs blocks: choose 0, or n_layers 1 or more"),
+    ({"data": "digits", "vocab_size": 10}, "vocab_size 10 is for text and recall, .* 10 classes: choose None"),
+    ({"d_model": 10**9, "n_heads": 3}, "d_model must be at most 1048576, got 1000000000"),
+    ({"steps": 10**10}, "steps must be at most 100000000, got 10000000000"),
+    ({"n_layers": 10**9}, "n_layers must be at most 10000, got 1000000000"),
+    ({"eps": 1e-50}, "eps must be at least 1.2e-38, as it is zero in fp32, got 1e-50"),
+    ({"lr": 5e-324}, "lr must be at least 1.2e-38"), ({"lr": 1e300}, r"lr must be at most 1e\+30, got 1e\+300"),
+    ({"weight_decay": 1e30}, "weight_decay must be at most 100.0"),
+    ({"z_loss": 1e39}, r"z_loss must be at most 3.4e\+38, got 1e\+39"),
 ])
 def test_a_value_that_cannot_be_run_is_named_with_its_remedy(changes, remedy):
     with pytest.raises(ValueError, match=remedy):
         RunConfig(**changes)
+
+
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if isinstance(value, (int, float))
+                                  and not isinstance(value, bool)])
+def test_no_field_takes_a_number_beyond_what_torch_or_fp32_holds(name):
+    with pytest.raises(ValueError, match=f"{name} must be (at most|finite)"):
+        RunConfig(**{name: 10**400})
+    with pytest.raises(ValueError, match=f"{name} must be (zero or more|positive|finite)"):
+        RunConfig(**{name: -10**400})
+
+
+def test_an_unknown_name_where_there_is_none_to_choose_from_says_so():
+    assert unknown("notebook", "01", []) == "unknown notebook '01': there is none to choose from"
+    assert _listed([]) == "" and _listed(["a"]) == "a" and _listed("abc") == "a, b or c"
 
 
 @pytest.mark.parametrize("d_model", [2, 6, 24, 36, 64])

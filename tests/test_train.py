@@ -586,6 +586,50 @@ def test_thresholds_that_are_not_passed_change_nothing(tiny):
     assert outcome(train_run(watched)) == outcome(train_run(tiny))
 
 
+# what cannot be run is refused before training
+
+@pytest.mark.parametrize("changes", [
+    {"vocab_size": 10**12}, {"data": "recall", "vocab_size": 10**12}, {"data": "recall", "seq_len": 10**12},
+    {"batch_size": 10**12}, {"data": "recall", "eval_sequences": 10**13}, {"mlp_ratio": 10**12},
+    {"tokenizer": "bpe", "vocab_size": 10**12}, {"d_model": 2**20}], ids=str)
+def test_a_run_beyond_the_memory_of_the_device_is_refused_with_what_to_lower(tiny, changes):
+    name = [*changes][-1]
+    with pytest.raises(ValueError, match=f"needs at least .* GB and cpu has .*: lower .*{name} {changes[name]}"):
+        train_run(replace(tiny, **changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"optimizer": "lion", "n_layers": 1}, {"n_layers": 0, "vocab_size": 90},
+    {"biases": True, "mlp_ratio": 7, "vocab_size": 200},
+    {"data": "digits", "seq_len": 64, "patch_size": 4}, {"data": "recall", "vocab_size": 64}], ids=str)
+def test_the_memory_that_is_asked_for_is_no_more_than_weights_gradients_moments_and_activations(tiny, changes):
+    """Counted here: what autograd saves for the backward pass of the loss, and all parameters."""
+    config = replace(tiny, **changes)
+    model = models.build(config, data.vocab_size(config))
+    batch, saved = data.sample(config, torch.Generator().manual_seed(0)), {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_terms(*train.scored(config, model(batch[:, :-1]), batch), 0.1)[1]
+        weights = sum(p.numel() for p in model.parameters())
+        moments = 1 if config.optimizer == "lion" else 2
+        most = sum(saved.values()) + 4 * (1 + moments) * weights + 8 * (batch.numel() + data.validation(config).numel())
+    assert loss.requires_grad and 0.3 * most < models.least_memory(config) <= most
+
+
+def test_runs_of_many_steps_start_at_once(tiny, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+    monkeypatch.setattr(data, "sample", start)
+    with pytest.raises(Started):
+        train_run(replace(tiny, steps=10**8, probe_every=1, spectra_every=1))
+
+
 # devices
 
 @pytest.fixture
