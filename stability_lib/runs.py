@@ -44,7 +44,7 @@ from .store import (  # noqa: F401 (some only for those who use this module)
     waits,
     writer,
 )
-from .train import RunResult, resolve_device, train_run
+from .train import RunResult, prepare, resolve_device, train_run
 
 CURVE_POINTS = 100
 """Curves recorded at every step (`DENSE`) are thinned to about this many points in the store."""
@@ -92,7 +92,7 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
                           "raise max_new, or recompute='missing' in a notebook, to train them")
     workers = workers or _default_workers(device)
     for config in {replace(c, seed=0, lr=1.0): c for c in missing.values()}.values():
-        data.vocab_size(config), data.validation(config)
+        prepare(config, device)
     _import_dynamo()
     with writer(store.local) as file:
         if not recompute:
