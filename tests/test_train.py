@@ -259,6 +259,14 @@ def test_muparam_trains_as_the_standard_parametrization_at_base_width(tiny, para
     assert outcome(train_run(same)) == outcome(train_run(tiny))
 
 
+def test_mup_full_keeps_its_attention_scale_and_zero_queries_at_base_width(tiny):
+    same = replace(tiny, parametrization="mup_full", base_width=tiny.d_model)
+    assert same.scale == 1 / tiny.d_head != tiny.scale
+    rows = [models.build(config, 84).blocks[0].attention.qkv.weight[: tiny.d_model] for config in (same, tiny)]
+    assert not rows[0].any() and rows[1].all()
+    assert train_run(same).curves["loss"] != train_run(tiny).curves["loss"]
+
+
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": "none", "seed": 1}, {"vocab_size": 250}])
 def test_the_loss_at_initialisation_is_near_log_vocabulary_plus_a_half(tiny, changes):
     """The final norm and the head's std make logits unit normal, so that log Z is about ln V + 1/2."""
