@@ -67,6 +67,8 @@ def paper_table(name: str) -> pd.DataFrame:
     The first line of the file, in `data/papers`, says where the numbers are from. Raises `ValueError` if unknown.
     """
     folder = project_root() / "data" / "papers"
+    if not folder.is_dir():
+        raise ValueError(f"there is no {folder}: papers' tables come with a checkout of the project, run this in one")
     known = sorted(path.stem for path in folder.glob("*.csv"))
     if name not in known:
         raise ValueError(unknown("table", name, known))

@@ -295,6 +295,8 @@ def calibration_error(failed: Iterable[bool], probability: Iterable[float], bins
     """Expected calibration error: |share that failed - mean probability| over equally wide bins, weighted by their
     runs. Raises `ValueError` where a probability is not within [0, 1]."""
     failed, probability = _labels(failed), np.asarray(list(probability), dtype=float)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     if failed.shape != probability.shape:
         raise ValueError(f"calibration needs a probability for each run, got {probability.shape} for {failed.shape}")
     if not len(probability) or not ((probability >= 0) & (probability <= 1)).all():

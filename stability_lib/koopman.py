@@ -68,6 +68,8 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
     with several batches, the 2 D x N of every layer. Raises `ProfileError`.
     """
     _whole("snapshots", snapshots, 2)
+    if not isinstance(thresholds, Thresholds):
+        raise ProfileError(f"thresholds must be Thresholds, got {thresholds!r}: leave it out for the paper's")
     _whole("seed", seed, 0)
     stack = residual_layers(model, layers)
     choose = functools.partial(_choose, positions=positions, seed=seed)
@@ -397,6 +399,8 @@ def _call(model: nn.Module, batch) -> tuple[tuple, dict]:
     """Positional and keyword arguments of a batch, on the model's device."""
     args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    if args and all(isinstance(value, (int, float)) for value in args):
+        raise ProfileError(f"inputs hold numbers, not tensors, such as {args[0]!r}: wrap them in torch.as_tensor")
     for name, value in [*enumerate(args), *kwargs.items()]:
         listed = isinstance(value, list) and not all(isinstance(part, Tensor) for part in value)
         other = not isinstance(value, Tensor) if value is batch else isinstance(value, (str, bytes, np.ndarray))

@@ -61,7 +61,8 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str
     Numbers are darker the larger they are, and get `name` before them; `n_params` and `d_model` count as sizes. Strings
     keep the order of their first appearance, or the colours of `palette`. `style` is a column of keys of `LINE`. The
     `band` is the 95% t `interval` of the mean, the `log interval` of the geometric mean, for log axes, the `range` of
-    the seeds, or about the median their `middle` 80%. `drawn` goes to seaborn's lineplot.
+    the seeds, its `log range` about their geometric mean, or about the median their `middle` 80%. `drawn` goes to
+    seaborn's lineplot.
     """
     sizes, numeric = hue in ("n_params", "d_model"), pd.api.types.is_numeric_dtype(frame[hue])
     names = [] if numeric else frame[hue].dropna().unique()
@@ -213,10 +214,10 @@ def rates(ax: Axes, table: pd.DataFrame, paper: pd.Series | None = None) -> Axes
 def counts(ax: Axes, runs: pd.DataFrame, rows: str, columns: str, marked: str, label: str | None = None) -> Axes:
     """In how many of the runs with each pair of values of two columns `marked` holds: the share as colour, the counts
     as text. Rows stand in the order of first appearance, columns sorted; without a `label`, no colour bar."""
-    groups = runs.groupby([rows, columns], sort=False)[marked]
+    groups = runs.groupby([rows, columns], sort=False, dropna=False)[marked]
     share, text = (found.unstack(columns).reindex(runs[rows].unique()).sort_index(axis=1) for found in (
         100 * groups.mean(), groups.sum().astype(int).astype(str) + "/" + groups.size().astype(str)))
-    named = lambda values: [v if isinstance(v, str) else f"{v:g}" for v in values]  # noqa: E731
+    named = lambda values: [v if isinstance(v, str) else "none" if pd.isna(v) else f"{v:g}" for v in values]  # noqa: E731
     sns.heatmap(share, annot=text.fillna(""), fmt="", cmap="rocket_r", vmin=0, vmax=100, linewidths=1, ax=ax,
                 xticklabels=named(share.columns), yticklabels=named(share.index), cbar=label is not None,
                 cbar_kws={"label": label})
@@ -228,7 +229,7 @@ def shares(ax: Axes, table: pd.DataFrame, x: str, hue: str, label: Callable, y: 
     """y against x on a log axis, a line per value of the column `hue` with `label` of it at its end: of a table of
     `evaluate.divergence_rates` the `rate` with its exact interval, or another column without."""
     ends, table = [], table.reset_index().sort_values(x)
-    for (value, group), colour in zip(table.groupby(hue), sns.color_palette("dark"), strict=False):
+    for (value, group), colour in zip(table.groupby(hue, dropna=False), sns.color_palette("dark"), strict=False):
         ax.plot(group[x], group[y], LINE.get(label(value), "-"), color=colour, marker="o", markersize=4)
         if y == "rate":
             ax.fill_between(group[x], group["low"], group["high"], color=colour, alpha=0.1, linewidth=0)
@@ -305,4 +306,4 @@ def _interval(estimate_of: Callable) -> Callable:
 
 
 _BANDS = {"interval": ("mean", _interval(mean)), "log interval": (gmean, _interval(geometric_mean)),
-          "range": ("mean", ("pi", 100)), "middle": ("median", ("pi", 80))}
+          "range": ("mean", ("pi", 100)), "log range": (gmean, ("pi", 100)), "middle": ("median", ("pi", 80))}

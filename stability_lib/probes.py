@@ -9,7 +9,10 @@ Dimensions: B batch, T position, H heads, E head size, V vocabulary.
 
 import contextlib
 import copy
+import functools
+import importlib
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -157,6 +160,15 @@ def _read_head(readings: Readings):
         readings["logit_mean"] = logits_BxTxV.mean()
         readings["log_z"] = logits_BxTxV.logsumexp(-1).mean()
     return hook
+
+
+@functools.cache
+def import_dynamo() -> None:
+    """torch imports `torch._dynamo` with the first optimizer or disabled function, for a second or two; cut short by
+    Ctrl-C it can never be imported again in that process. In another thread Ctrl-C does not reach it."""
+    thread = threading.Thread(target=importlib.import_module, args=["torch._dynamo"])
+    thread.start()
+    thread.join()
 
 
 def weak_hook(method: Callable) -> Callable:

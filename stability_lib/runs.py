@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib
 import math
 import multiprocessing
 import numbers
@@ -93,7 +92,6 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
     workers = workers or _default_workers(device)
     for config in {replace(c, seed=0, lr=1.0): c for c in missing.values()}.values():
         prepare(config, device)
-    _import_dynamo()
     with writer(store.local) as file:
         if not recompute:
             known |= file.rows
@@ -127,14 +125,6 @@ def _check_options(executor, workers, max_new, recompute) -> None:
             raise TypeError(f"{name} must be a whole number or None, got {type(value).__name__} {value!r}")
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _import_dynamo() -> None:
-    """torch imports `torch._dynamo` with the first optimizer, for a second or two, and cut short by Ctrl-C it can never
-    be imported again in that process. In another thread Ctrl-C does not reach it."""
-    thread = threading.Thread(target=importlib.import_module, args=["torch._dynamo"])
-    thread.start()
-    thread.join()
 
 
 def frame(rows: list[dict]) -> pd.DataFrame:

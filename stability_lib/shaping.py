@@ -29,8 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CHOICES, RunConfig, _coerce, unknown
-from .probes import apart, full_precision, unhook, weak_hook
-from .stream import ProfileError, input_states, residual_layers, stream_states, token_mask
+from .probes import apart, full_precision, import_dynamo, unhook, weak_hook
+from .stream import (
+    ProfileError,
+    convolves,
+    features_last,
+    input_states,
+    residual_layers,
+    stream_states,
+    token_mask,
+)
 
 ROUNDING = 1e-6
 """Directions of X smaller than this, relative to its largest, are taken for rounding."""
@@ -87,6 +95,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least {least.get(name, 0)} and finite, got {value}")
         if not 0 < self.layer_share <= 1:
             raise ValueError(f"layer_share must be above 0 and at most 1, got {self.layer_share}")
+        if self.tau_l > self.tau_u:
+            raise ValueError(f"tau_l {self.tau_l} is above tau_u {self.tau_u}: no mode would be near unit")
         if not self.temperature:
             raise ValueError("temperature must be above 0: at 0 every mode counts by half")
         if self.seed >= 2**63:
@@ -107,6 +117,7 @@ class KSS:
 
     def __init__(self, model: nn.Module, settings: Settings | None = None, *,
                  layers: str | Sequence[nn.Module] | None = None, positions: Callable[..., Tensor] | None = None):
+        import_dynamo()
         self.settings = settings or Settings()
         self.steps = self.applied = self.skipped = 0
         self._model, self._positions = model, positions
@@ -115,7 +126,7 @@ class KSS:
         self._call: tuple[tuple, dict] | None = None  # what the model is called with, while it runs
         self._arguments: dict[nn.Module, tuple[tuple, dict]] = {}
         self._states: dict[nn.Module, tuple] = {}
-        self._vain, self._said = 0, set()
+        self._vain, self._said, self._checked = 0, set(), set()
         self._draw()
         self._hooks: list = []
         weakref.finalize(self, unhook, self._hooks)
@@ -244,6 +255,10 @@ class KSS:
     def _keep(self, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if self._wanted(layer):
             x, y = input_states(args, kwargs), stream_states(output)
+            if layer not in self._checked and x is not None:
+                self._checked.add(layer)
+                if x.ndim <= 3 or convolves(layer):  # others may have a sequence in chunks
+                    features_last(x, layer, remedy="name layers that pass on [..., D] with layers=")
             if x is None or y is None or x.shape != y.shape:
                 raise ValueError(f"{type(layer).__name__} does not map states [..., D] to states of the same shape: "
                                  "name layers that do with layers=")

@@ -130,6 +130,9 @@ def check_row(row: dict) -> None:
     _check_types(row["provenance"], _PROVENANCE, "provenance: ")
     if row["status"] not in ("ok", "diverged"):
         raise ValueError(f"status is {row['status']!r}, not ok or diverged")
+    if {row["stop_step"] is None, row["reason"] is None} != {row["status"] == "ok"}:
+        raise ValueError(f"status is {row['status']} with stop_step {row['stop_step']} and reason {row['reason']!r}: "
+                         "a diverged run has both, another neither")
     curves = row["curves"]
     for name, values in curves.items():
         is_steps = name.endswith("step")
@@ -201,7 +204,7 @@ def read(path: Path) -> dict[str, dict]:
         lines.pop()
     rows = {}
     for number, line in enumerate(lines, start=1):
-        row = _row(line, f"{path} line {number}")
+        row = _row(line, f"{path} line {number}") if line.strip() else None
         if row is not None:
             rows[row["key"]] = row
     return rows
@@ -248,9 +251,9 @@ def check_new(row: dict, key: str) -> None:
         raise StoreError(f"a worker returned no run ({type(error).__name__}: {error}): install stability_lib "
                          f"{__version__} where the workers are") from None
     if (schema, found, version) != (SCHEMA, key, __version__):
-        raise StoreError(f"a worker has stability_lib {version} (its run: schema {schema}, key {found}) and this "
-                         f"process {__version__} (schema {SCHEMA}, key {key}): install {__version__} where the "
-                         "workers are")
+        raise StoreError(f"a worker has stability_lib {version}, commit {row['provenance'].get('commit')} (its run: "
+                         f"schema {schema}, key {found}) and this process {__version__}, commit {commit()} (schema "
+                         f"{SCHEMA}, key {key}): install this one where the workers are")
     _row(line, "what a worker returned")
 
 

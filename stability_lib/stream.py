@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .config import unknown
 
@@ -17,7 +18,8 @@ TOKEN_MASKS = {"attention_mask": ("encoder", True), "decoder_attention_mask": ("
 """Arguments that hide tokens by the conventions of transformers and torch: of which side of a model with an encoder
 and a decoder, and whether True marks the real ones."""
 UNSURE = ("mask", "input_mask", "padding_mask", "pad_mask", "pixel_mask", "token_mask", "src_mask", "tgt_mask")
-"""Arguments that may hide tokens, by no convention."""
+"""Arguments that may hide tokens, by no convention; so may any bool [B, T]."""
+LENGTHS = ("lengths", "length", "seq_lengths", "seq_lens", "input_lengths", "attention_lengths")
 
 
 class ProfileError(ValueError):
@@ -90,24 +92,36 @@ def input_states(args: tuple, kwargs: Mapping) -> Tensor | None:
     return stream_states((*args, kwargs.get("hidden_states"), *kwargs.values()))
 
 
-def features_last(states: Tensor, layer: nn.Module, channel_dim: int | None = None) -> Tensor:
+def features_last(states: Tensor, layer: nn.Module, channel_dim: int | None = None,
+                  remedy: str = "name theirs with channel_dim= (1 for [B, C, H, W])") -> Tensor:
     """The states that `layer` passes on as [..., D], D from `channel_dim`.
 
     Raises `ProfileError` where it is None and D is not, or may not be, the last: images [B, C, H, W], of which no shape
-    tells, and [B, C, L] where parameters of the layer have the size C and none has L.
+    tells, [B, C, L] where parameters of the layer have the size C and none has L, and what a layer of convolutions
+    alone passes on. Complex states are refused too.
     """
+    if states.is_complex():
+        raise ProfileError(f"{type(layer).__name__} has complex states: pass real ones, as real and imaginary parts "
+                           "side by side")
     if states.is_nested:
         raise ProfileError(f"{type(layer).__name__} passes nested tensors on: pad them (torch.nested.to_padded_tensor)")
     if channel_dim is not None:
-        if not -states.ndim <= channel_dim < states.ndim:
+        if not isinstance(channel_dim, int) or not -states.ndim <= channel_dim < states.ndim:
             raise ProfileError(f"channel_dim {channel_dim} is none of the {states.ndim} dimensions of the states of "
                                f"{type(layer).__name__}, {tuple(states.shape)}")
         return states.movedim(channel_dim, -1)
     sizes = {size for weight in layer.parameters() for size in weight.shape}
-    if states.ndim > 3 or (states.ndim == 3 and states.shape[1] in sizes and states.shape[2] not in sizes):
+    alone = convolves(layer) and not any(isinstance(part, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
+                                         for part in layer.modules())
+    if states.ndim > 3 or alone or (states.ndim == 3 and states.shape[1] in sizes and states.shape[2] not in sizes):
         raise ProfileError(f"{type(layer).__name__} passes states {tuple(states.shape)} on, whose last dimension "
-                           "may not be the features: name theirs with channel_dim= (1 for [B, C, H, W])")
+                           f"may not be the features: {remedy}")
     return states
+
+
+def convolves(layer: nn.Module) -> bool:
+    """Whether a part of the layer is a convolution."""
+    return any(isinstance(part, _ConvNd) for part in layer.modules())
 
 
 def token_mask(model: nn.Module, args: tuple, kwargs: Mapping, leading: Sequence[int], *, layer: nn.Module,
@@ -140,8 +154,8 @@ def token_mask(model: nn.Module, args: tuple, kwargs: Mapping, leading: Sequence
         else:
             found.append(_real(oriented, marks_real))
     if not found and not unmatched:
-        unmatched = [name for name in UNSURE if isinstance(given.get(name), Tensor)
-                     and not _says_who_sees_whom(given[name], leading, model)]
+        unmatched = [name for name, value in given.items() if name not in TOKEN_MASKS and (
+            _may_hide(name, value, leading, model) or (name in LENGTHS and value is not None))]
     if unmatched:
         shapes = ", ".join(f"{n} {tuple(getattr(given[n], 'shape', ())) or type(given[n]).__name__}" for n in unmatched)
         raise ProfileError(f"{shapes} cannot be matched to the token states {tuple(leading)} of "
@@ -183,7 +197,12 @@ def _real(mask: Tensor, marks_real: bool) -> Tensor:
     return mask.bool() == marks_real
 
 
-def _says_who_sees_whom(mask: Tensor, leading: torch.Size, model: nn.Module) -> bool:
-    """As a causal mask [T, T] does, which hides no token altogether."""
+def _may_hide(name: str, mask, leading: torch.Size, model: nn.Module) -> bool:
+    """Whether an argument of no convention may be a token mask; not one that says who sees whom, as a causal [T, T]
+    does, which hides no token altogether."""
+    if not isinstance(mask, Tensor):
+        return False
+    if name not in UNSURE:
+        return mask.dtype == torch.bool and leading in (mask.shape, mask.shape[::-1])
     torch_own = isinstance(unwrapped(model), (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder))
-    return mask.ndim < 2 or (mask.shape[-1] == mask.shape[-2] and (torch_own or mask.shape != leading))
+    return mask.ndim > 1 and not (mask.shape[-1] == mask.shape[-2] and (torch_own or mask.shape != leading))

@@ -149,6 +149,7 @@ def train_run(config: RunConfig, device: str = "cpu", threads: int | None = 1) -
     training where the config cannot be run.
     """
     device = resolve_device(device)
+    probes.import_dynamo()
     with _one_run, cpu_threads(threads), _torch_as_imported(device):
         return _train(data.pin(config), device)
 

@@ -12,6 +12,12 @@ import pytest
 from stability_lib import plotting
 
 
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
 @pytest.fixture
 def shown(monkeypatch):
     found = []
@@ -71,3 +77,13 @@ def test_a_band_on_a_log_axis_stays_positive():
     ax = plotting.lines(plt.figure().gca(), frame, "x", "y", "arm", band="log interval")
     assert ax.lines[0].get_ydata() == pytest.approx([10, 10])
     assert ax.collections[0].get_datalim(ax.transData).y0 > 0
+
+
+def test_heat_maps_and_shares_keep_the_group_without_a_value():
+    runs = pd.DataFrame({"clip_norm": [None, None, 1.0, 1.0], "lr": [0.1, 0.2] * 2, "failed": [True, False] * 2})
+    ax = plotting.counts(plt.figure().gca(), runs, "clip_norm", "lr", "failed")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["none", "1"]
+    assert [text.get_text() for text in ax.texts] == ["1/1", "0/1"] * 2
+    table = runs.assign(rate=0.5, low=0.1, high=0.9)
+    ax = plotting.shares(plt.figure().gca(), table, "lr", "clip_norm", str)
+    assert len(ax.lines) == 2

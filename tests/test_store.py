@@ -32,7 +32,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 # damaged files
 
 @pytest.mark.parametrize("bad", [
-    b"{", b"", b"word", b"5", b"[]", b"null", b"\0\0\0\0", b"\xff\xfe", b"{}", b'{"schema":1,"key":"k"}',
+    b"{", b"word", b"5", b"[]", b"null", b"\0\0\0\0", b"\xff\xfe", b"{}", b'{"schema":1,"key":"k"}',
     b'{"schema":"one","key":"k","config":{}}', b'{"schema":1,"key":"k","config":{}}'])
 def test_a_corrupt_line_is_named_before_any_training_and_nothing_is_changed(store, stored, bad):
     content = stored[0] + bad + b"\n" + stored[1]
@@ -409,3 +409,18 @@ def test_nothing_in_the_package_unpickles_or_evaluates_text(path):
             assert name not in ("eval", "exec", "pd.read_pickle"), f"{path.name} line {node.lineno}: {name}"
             assert name != "torch.load" or options.get("weights_only") == "True", f"{path.name} line {node.lineno}"
             assert options.get("allow_pickle") != "True", f"{path.name} line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("changes", [dict(status="diverged"), dict(stop_step=3), dict(reason="loss is not finite"),
+                                     dict(status="diverged", stop_step=3)])
+def test_a_diverged_run_has_a_step_and_a_reason_and_another_neither(changes):
+    row = runs.to_row(runs.train_run(TINY), "cpu") | changes
+    with pytest.raises(ValueError, match="a diverged run has both, another neither"):
+        files.check_row(row)
+
+
+def test_a_blank_line_in_a_store_is_no_run(tmp_path):
+    path = tmp_path / "x.jsonl"
+    runs.ensure([TINY], Store(path), executor=Serial())
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert list(files.read(path)) == [run_key(TINY)]

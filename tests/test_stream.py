@@ -26,6 +26,7 @@ from transformers import (
     ZambaForCausalLM,
 )
 
+from stability_lib import koopman, shaping
 from stability_lib.koopman import ProfileError, profile
 from stability_lib.stream import features_last, residual_layers, token_mask
 
@@ -261,3 +262,65 @@ def test_a_mask_of_unknown_meaning_is_refused_but_for_one_of_who_sees_whom():
     with pytest.raises(ProfileError, match=r"mask .* cannot be matched"):
         profile(model, (torch.randn(6, 4, 8), torch.ones(6, 4)))
     assert len(profile(model, (torch.randn(6, 4, 8), torch.ones(4, 4).tril()))) == 2
+
+
+class Hides(nn.Module):
+    """Takes a mask, or lengths, under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, tokens, valid=None, lengths=None):
+        if lengths is not None:
+            valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=None if valid is None else ~valid)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [dict(valid=torch.arange(6).expand(4, 6) < 5), dict(lengths=torch.full((4,), 5))])
+def test_a_mask_of_the_models_own_naming_is_refused_rather_than_ignored(hidden):
+    model, tokens = Hides(), torch.randint(9, (4, 6))
+    remedy = "cannot be matched to the token states.*positions="
+    with pytest.raises(ProfileError, match=remedy):
+        koopman.profile(model, {"tokens": tokens, **hidden})
+    settings = shaping.Settings(penalty="residual_norm")
+    with shaping.KSS(model, settings) as kss, pytest.raises(ProfileError, match=remedy):
+        model(tokens, **hidden)
+        kss.penalty()
+    assert len(koopman.profile(model, {"tokens": tokens, **hidden}, positions=lambda inputs: torch.ones(
+        4, 6, dtype=torch.bool))) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 3), (2, 8, 10), (8, 10, 10)])
+def test_states_of_convolutions_alone_need_their_channel_dimension_named(shape):
+    convolution = nn.Conv1d(8, 8, 3, padding=1) if shape[0] == 2 else nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(convolution, convolution)
+    with pytest.raises(ProfileError, match="name theirs with channel_dim="):
+        koopman.profile(model, torch.randn(shape))
+    assert koopman.profile(model, torch.randn(shape), channel_dim=-len(shape) + (shape[0] == 2)).layers[0].width == 8
+
+
+def test_complex_states_are_refused_by_shaping_as_by_the_profile():
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=torch.complex64) for _ in range(2)))
+    states = torch.randn(8, 4, dtype=torch.complex64)
+    with pytest.raises(ProfileError, match="has complex states"):
+        koopman.profile(model, states)
+    with shaping.KSS(model) as kss, pytest.raises(ProfileError, match="has complex states"):
+        model(states)
+        kss.penalty()
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(channel_dim=1.5), "channel_dim 1.5 is none of"), (dict(thresholds=None), "thresholds must be Thresholds")])
+def test_options_of_a_profile_are_checked(options, message):
+    with pytest.raises(ProfileError, match=message):
+        koopman.profile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4), **options)
+
+
+def test_numbers_that_are_no_tensors_are_refused():
+    with pytest.raises(ProfileError, match=r"wrap them in torch\.as_tensor"):
+        koopman.profile(Hides(), [[1, 2], [3, 4]])
