@@ -242,9 +242,10 @@ def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", 
 
 
 def estimate_seconds(configs: list[RunConfig], device: str) -> float:
-    """About how long `configs` take one after the other here: a + b FLOPs per step, from two short measurements.
-    What `models.training_flops` does not count comes on top."""
-    overhead, per_flop = _step_cost(device)
+    """About how long `configs` take one after the other on this device: a + b FLOPs per step, from two short
+    measurements. What `models.training_flops` does not count comes on top. Raises `ValueError` where there is no such
+    device."""
+    overhead, per_flop = _step_cost(resolve_device(device))
     return sum(config.steps * overhead + per_flop * models.training_flops(config, data.vocab_size(config))
                for config in configs)
 
@@ -252,7 +253,11 @@ def estimate_seconds(configs: list[RunConfig], device: str) -> float:
 @functools.lru_cache
 def _step_cost(device: str) -> tuple[float, float]:
     flops, seconds = [], []
-    for shape in (dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)):
+    shapes = dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)
+    if device == "cuda":  # as deep as each other, since there small steps take what launching their layers takes
+        large = dict(d_model=1024, n_heads=16, batch_size=64, seq_len=256, precision="bf16")
+        shapes = dict(d_model=64, n_layers=4, n_heads=4), dict(n_layers=4, **large)
+    for shape in shapes:
         short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0)
                        for steps in (3, 10))
         train_run(short, device)  # pays for what only the first run of a process or shape costs
