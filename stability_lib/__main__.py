@@ -71,7 +71,8 @@ def _reproduce(options) -> int:
         return 0
     summary = batch.reproduce(paths, output, parameters, **settings)
     print("\n" + summary.assign(result=summary["error"].replace("", "ok")).drop(columns="error").to_string(index=False))
-    print(f"\nreport: {batch.write_report(summary, output, parameters, options.kernel)}")
+    facts = parameters | ({"cluster": options.cluster} if options.cluster else {})
+    print(f"\nreport: {batch.write_report(summary, output, facts, options.kernel)}")
     if summary["error"].eq(batch.INTERRUPTED).any():
         raise KeyboardInterrupt
     return int(summary["error"].ne("").any())

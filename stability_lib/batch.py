@@ -169,8 +169,8 @@ def check_batch(paths: list[Path], output: Path, parameters: dict, cell_timeout:
         check_parameters(path, parameters)
         if path.parent.resolve() == output.resolve():
             raise ValueError(f"--output {output} holds the notebooks themselves: name another folder")
-    Session(**{name: value for name, value in parameters.items() if name in Session.__dataclass_fields__}
-            | {"cluster": cluster})
+    Session(**{"cluster": cluster} | {name: value for name, value in parameters.items()
+                                      if name in Session.__dataclass_fields__})
     if cell_timeout is not None and not cell_timeout >= 1:
         raise ValueError(f"--cell-timeout must be at least 1 second, got {cell_timeout}")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())

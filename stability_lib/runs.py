@@ -332,8 +332,7 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[dict[str, dict]], None
 
 
 def _check_version(executor: concurrent.futures.Executor) -> None:
-    """Ask one of the workers for its version, in words that it understands without the library: where a worker cannot
-    import what it is handed, Dask waits forever."""
+    """Ask one of the workers for its version, in words that it understands without the library."""
     try:
         version = executor.submit(pkgutil.resolve_name, f"{__package__}:__version__").result()
     except ImportError as error:

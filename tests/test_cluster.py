@@ -1,5 +1,6 @@
 """Sweeps on a Dask cluster: what dies loses no finished run, and what cannot serve says so before any training."""
 
+import ast
 import contextlib
 import importlib
 import os
@@ -253,6 +254,27 @@ def test_the_schedulers_death_is_named_and_finished_runs_are_kept(store, monkeyp
 
 
 @pytest.mark.slow
+def test_a_cluster_serves_also_after_an_interrupt_and_remembers_no_run(client, store):
+    def interrupt():
+        wait_until(lambda: has_runs(store), 120, "no run finished")
+        signal.raise_signal(signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    many = SWEEP + [replace(SWEEP[0], seed=seed) for seed in range(6, 40)]
+    with pytest.raises(KeyboardInterrupt):
+        runs.ensure(many, store, cluster=address(client))
+    interrupter.join()
+    assert 0 < len(keys_in(store.local)) < len(many)
+    table = runs.ensure(SWEEP, store, cluster=address(client))
+    assert table["key"].to_list() == keys(SWEEP)
+    stored = len(keys_in(store.local))
+    again = runs.ensure(SWEEP[:1], store, cluster=address(client), recompute=True)
+    assert again["loss_final"].item() == table["loss_final"].iloc[0]
+    assert len(keys_in(store.local)) == stored + 1
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_on_a_worker_is_named_and_the_cluster_goes_on(client, store):
     first, second = client.nthreads()
     with changed(client, first, "stability_lib.train:_train", "no function"):
@@ -296,3 +318,20 @@ def test_a_batch_starts_its_processes_once_and_its_notebooks_find_them(tmp_path,
     found = {re.search(r"at (tcp://\S+)", text)[1] for text in printed}
     assert len(found) == 1 and "training 3 on cpu, 2 workers" in printed[0] and "all 3 runs are cached" in printed[1]
     assert cluster.CLUSTER not in os.environ
+
+
+@pytest.mark.slow
+def test_the_slurm_example_asks_for_one_worker_of_one_thread_and_one_gpu_a_job():
+    from dask_jobqueue import SLURMCluster
+
+    block = re.search(r"```python\n(.*?)```", (runs.project_root() / "docs" / "cluster.md").read_text(), re.S)[1]
+    (call,) = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)
+               and ast.unparse(node.func) == "SLURMCluster"]
+    options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+    assert options.pop("scheduler_options") == {"port": 8786}
+    with SLURMCluster(**options, scheduler_options={"port": 0, "dashboard_address": None}) as slurm:
+        script = slurm.job_script()
+    for line in ("#SBATCH -p gpu", "#SBATCH --gres=gpu:1", "#SBATCH --cpus-per-task=4", "#SBATCH -t 04:00:00"):
+        assert line in script.splitlines()
+    assert script.count("cpus-per-task") == 1 and f"{sys.executable} -m distributed.cli.dask_worker" in script
+    assert "--nthreads 1" in script and "--nworkers" not in script
