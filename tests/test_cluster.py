@@ -314,7 +314,9 @@ def test_a_batch_starts_its_processes_once_and_its_notebooks_find_them(tmp_path,
     paths = [tmp_path / "00_one.ipynb", tmp_path / "01_two.ipynb"]
     summary = batch.reproduce(paths, tmp_path / "out", {"device": "cpu"}, cluster="local:2")
     assert summary["error"].to_list() == ["", ""]
-    printed = [nbformat.read(tmp_path / "out" / path.name, as_version=4).cells[-1].outputs[0].text for path in paths]
+    outputs = [nbformat.read(tmp_path / "out" / path.name, as_version=4).cells[-1].outputs for path in paths]
+    assert not [output for cell in outputs for output in cell if output.get("name") == "stderr"]
+    printed = ["".join(output.get("text", "") for output in cell) for cell in outputs]
     found = {re.search(r"at (tcp://\S+)", text)[1] for text in printed}
     assert len(found) == 1 and "training 3 on cpu, 2 workers" in printed[0] and "all 3 runs are cached" in printed[1]
     assert cluster.CLUSTER not in os.environ
