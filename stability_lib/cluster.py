@@ -83,8 +83,9 @@ def _connect(cluster: str):
     from distributed import Client, LocalCluster
 
     with contextlib.ExitStack() as stack:
-        there = cluster if not processes else stack.enter_context(
-            LocalCluster(n_workers=processes, threads_per_worker=1, processes=True, dashboard_address=None))
+        there = cluster if not processes else stack.enter_context(LocalCluster(
+            n_workers=processes, threads_per_worker=1, processes=True, dashboard_address=None,
+            preload="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"))  # Ctrl-C is for this process alone
         try:
             client = stack.enter_context(Client(there, timeout=TIMEOUT, set_as_default=False))
         except (OSError, ValueError) as error:  # ValueError: no such protocol

@@ -12,7 +12,7 @@ import weakref
 
 import psutil
 import pytest
-from sweeps import SWEEP, THREE, TINY, Serial, Untouched, has_runs, keys, keys_in, wait_until
+from sweeps import SWEEP, THREE, TINY, Serial, Untouched, alive, has_runs, keys, keys_in, wait_until
 
 from stability_lib import __main__, __version__, batch, cluster, runs
 from stability_lib.cluster import ClusterError
@@ -287,12 +287,39 @@ def test_a_run_that_fails_on_a_worker_is_named_and_the_cluster_goes_on(client, s
 
 # processes here, and notebooks
 
+def spawned(parent: int) -> set[psutil.Process]:
+    """The worker processes that a process started."""
+    found = set()
+    for process in alive(psutil.Process(parent).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # also of a zombie
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.add(process)
+    return found
+
+
 @pytest.mark.slow
 def test_processes_here_serve_a_sweep_and_end_with_it(store):
-    before = psutil.Process().children(recursive=True)
+    before = spawned(os.getpid())
     assert runs.ensure(THREE, store, cluster="local:2")["key"].to_list() == keys(THREE)
-    wait_until(lambda: not [child for child in set(psutil.Process().children(recursive=True)) - set(before)
-                            if "spawn_main" in " ".join(child.cmdline())], 30, "workers are left")
+    wait_until(lambda: spawned(os.getpid()) <= before, 30, "workers are left")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_processes_here_quietly_while_the_session_goes_on(store, another_process):
+    process = another_process(f"""
+        try:
+            more = [replace(SWEEP[0], seed=seed) for seed in range(6, 60)]
+            runs.ensure(SWEEP + more, Store({store.local!r}), cluster="local:2")
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        sys.stdin.read()
+    """)
+    wait_until(lambda: has_runs(store), 120, process.output)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_until(lambda: "interrupted" in process.output(), 30, process.output)
+    wait_until(lambda: not spawned(process.pid), 30, process.output)
+    assert 0 < len(keys_in(store.local)) < 60 and process.poll() is None
+    assert "Traceback" not in process.output()
 
 
 @pytest.mark.slow
