@@ -2,10 +2,11 @@
 
 import argparse
 import ast
+import os
 import sys
 from pathlib import Path
 
-from . import batch, data, runs, studies
+from . import batch, cluster, data, runs, studies
 from .train import DEVICES
 
 
@@ -22,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     reproduce.add_argument("--output", type=Path, help="folder for the results (default reports/<scale>)")
     reproduce.add_argument("--cell-timeout", type=int, metavar="SECONDS", help="fail a cell that takes longer")
     reproduce.add_argument("--kernel", metavar="NAME", help="Jupyter kernel to run in (default the notebooks' own)")
+    reproduce.add_argument("--cluster", metavar="ADDRESS", default=os.environ.get(cluster.CLUSTER, ""),
+                           help="train on a Dask cluster: tcp://HOST:8786, or local:4 for four processes here")
     reproduce.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                            help="another notebook parameter, its value written as in Python")
     reproduce.add_argument("--dry-run", action="store_true",
@@ -29,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     reference = commands.add_parser("reference", help="train the committed reference again")
     reference.add_argument("studies", nargs="*", help="names; default all")
+    reference.add_argument("--scale", default="cpu", help="whose reference (default cpu)")
 
     promote = commands.add_parser("promote", help="make local runs of a study the committed reference")
     promote.add_argument("study")
@@ -47,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit}
         return command[options.command](options)
-    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, data.DataError, OSError) as error:
+    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
+            OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -59,14 +64,15 @@ def _reproduce(options) -> int:
     paths = batch.notebooks(options.notebooks)
     parameters = _parameters(options)
     output = (options.output or runs.project_root() / "reports" / options.scale).expanduser()
-    settings = dict(cell_timeout=options.cell_timeout, kernel=options.kernel)
+    settings = dict(cell_timeout=options.cell_timeout, kernel=options.kernel, cluster=options.cluster)
     batch.check_batch(paths, output, parameters, **settings)
     if options.dry_run:
         print(batch.dry_run(paths, options.scale, options.device, options.recompute).to_string(index=False))
         return 0
     summary = batch.reproduce(paths, output, parameters, **settings)
     print("\n" + summary.assign(result=summary["error"].replace("", "ok")).drop(columns="error").to_string(index=False))
-    print(f"\nreport: {batch.write_report(summary, output, parameters, options.kernel)}")
+    facts = parameters | ({"cluster": options.cluster} if options.cluster else {})
+    print(f"\nreport: {batch.write_report(summary, output, facts, options.kernel)}")
     if summary["error"].eq(batch.INTERRUPTED).any():
         raise KeyboardInterrupt
     return int(summary["error"].ne("").any())
@@ -91,16 +97,17 @@ def _value(text: str):
 
 def _reference(options) -> int:
     for study in options.studies:
-        studies.configs(study, "cpu")
-    batch.recompute_reference(options.studies, options.device)
+        studies.configs(study, options.scale)
+    batch.recompute_reference(options.studies, options.device, options.scale)
     return 0
 
 
 def _promote(options) -> int:
     batch.checkout()
     configs = studies.configs(options.study, options.scale)
-    count = runs.promote(options.study, configs, runs.load(runs.locate(options.study)))
-    print(f"{options.study}: {count} runs are the reference now")
+    rows = runs.load(runs.locate(options.study, options.scale))
+    count = runs.promote(options.study, configs, rows, options.scale)
+    print(f"{options.study}: {count} runs are the reference of scale {options.scale} now")
     return 0
 
 

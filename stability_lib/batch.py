@@ -24,8 +24,9 @@ import torch
 
 from . import __version__, runs, studies
 from .claims import MIME
+from .cluster import CLUSTER, check_name, share
 from .config import RunConfig, run_key, unknown
-from .train import resolve_device
+from .train import DEVICES, resolve_device
 
 RECOMPUTE = {"missing": {}, "all": {"recompute": True}, "none": {"max_new": 0}}
 """What a notebook trains: what the store lacks, everything again, or nothing (a missing run is an error)."""
@@ -33,18 +34,26 @@ RECOMPUTE = {"missing": {}, "all": {"recompute": True}, "none": {"max_new": 0}}
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A notebook's checked parameters. Raises `TypeError` or `ValueError` that names the remedy."""
+    """A notebook's checked parameters. Raises `TypeError`, `ValueError` or `ClusterError` that names the remedy.
+
+    With a `cluster` (see `runs.ensure`; by default that of the environment variable STABILITY_LIB_CLUSTER) the `device`
+    is its workers'.
+    """
 
     scale: str = "cpu"
     device: str = "auto"
     recompute: str = "missing"
+    cluster: str = dataclasses.field(default_factory=lambda: os.environ.get(CLUSTER, ""))
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, got {type(value).__name__} {value!r}")
         studies.check_scale(self.scale)
-        resolve_device(self.device)
+        if self.cluster:
+            check_name(self.cluster)
+        if not self.cluster or self.device not in DEVICES:
+            resolve_device(self.device)
         if self.recompute not in RECOMPUTE:
             raise ValueError(unknown("recompute", self.recompute, RECOMPUTE))
 
@@ -57,7 +66,8 @@ class Session:
         """The study's runs at this scale, or those of `configs`, trained where the store lacks them."""
         if configs is None:
             configs = studies.configs(study, self.scale)
-        return runs.ensure(configs, study, device=self.device, **RECOMPUTE[self.recompute])
+        return runs.ensure(configs, runs.locate(study, self.scale), device=self.device, cluster=self.cluster,
+                           **RECOMPUTE[self.recompute])
 
 
 def checkout() -> Path:
@@ -153,13 +163,14 @@ def _is_json(value) -> bool:
 
 
 def check_batch(paths: list[Path], output: Path, parameters: dict, cell_timeout: int | None = None,
-                kernel: str | None = None) -> None:
-    """Raise a `ValueError` or `TypeError` for whatever would make `reproduce` fail or mislead."""
+                kernel: str | None = None, cluster: str = "") -> None:
+    """Raise a `ValueError`, `TypeError` or `ClusterError` for whatever would make `reproduce` fail or mislead."""
     for path in paths:
         check_parameters(path, parameters)
         if path.parent.resolve() == output.resolve():
             raise ValueError(f"--output {output} holds the notebooks themselves: name another folder")
-    Session(**{name: value for name, value in parameters.items() if name in Session.__dataclass_fields__})
+    Session(**{"cluster": cluster} | {name: value for name, value in parameters.items()
+                                      if name in Session.__dataclass_fields__})
     if cell_timeout is not None and not cell_timeout >= 1:
         raise ValueError(f"--cell-timeout must be at least 1 second, got {cell_timeout}")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
@@ -178,18 +189,20 @@ INTERRUPTED = "interrupted before it finished"
 
 
 def reproduce(paths: list[Path], output: Path, parameters: dict, cell_timeout: int | None = None,
-              kernel: str | None = None) -> pd.DataFrame:
+              kernel: str | None = None, cluster: str = "") -> pd.DataFrame:
     """Execute notebooks into `output`, going on after a failure; one row each with `error` empty where it passed.
 
     Everything is checked (`check_batch`) before the first one runs. `kernel` names an installed Jupyter kernel, by
-    default the notebook's own. After Ctrl-C the rows of what did not finish say `INTERRUPTED`.
+    default the notebook's own. Their runs train on the `cluster`, if one is given, see `runs.ensure`. After Ctrl-C the
+    rows of what did not finish say `INTERRUPTED`.
     """
-    check_batch(paths, output, parameters, cell_timeout, kernel)
+    check_batch(paths, output, parameters, cell_timeout, kernel, cluster)
     output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that `declared` has found
     rows = []
     try:
-        with _environment({runs.HEADLESS: "1", runs.FRESH_SINCE: _now()}):
+        with share(cluster, parameters.get("device", "auto")) as address, _environment(
+                {runs.HEADLESS: "1", runs.FRESH_SINCE: _now(), CLUSTER: address}):
             for path in paths:
                 print(f"{path.stem} ...", flush=True)
                 started = time.perf_counter()
@@ -253,7 +266,8 @@ def dry_run(paths: list[Path], scale: str, device: str, recompute: str = "missin
     for path in paths:
         total = dict(cached=0, missing=0, flops=0.0, seconds=0.0)
         for study in studies.of_chapter(path.stem):
-            plan = runs.plan(studies.configs(study, scale), study, device, recompute=recompute == "all")
+            plan = runs.plan(studies.configs(study, scale), runs.locate(study, scale), device,
+                             recompute=recompute == "all")
             if study in trained:
                 plan = dict(cached=plan["cached"] + plan["missing"], missing=0, flops=0.0, seconds=0.0)
             trained.add(study)
@@ -264,13 +278,13 @@ def dry_run(paths: list[Path], scale: str, device: str, recompute: str = "missin
     return pd.DataFrame(rows, columns=["notebook", "cached", "missing", "FLOPs", "time here"])
 
 
-def recompute_reference(names: list[str], device: str) -> None:
-    """Train the `cpu` grids of these studies, by default of all, again and make each the committed reference once
-    complete.
+def recompute_reference(names: list[str], device: str, scale: str = "cpu") -> None:
+    """Train a scale's grids of these studies, by default of all, again and make each the committed reference of that
+    scale once complete.
 
-    It can be interrupted: until all are done, finished runs lie in data/runs/local/reference-<version of the library>,
-    and the same code does not train them again. Raises `StoreError` where that version is in no commit, `ValueError`
-    outside of a checkout.
+    It can be interrupted: until all are done, finished runs lie in data/runs/local/reference-<scale>-<version of the
+    library>, and the same code does not train them again. Raises `StoreError` where that version is in no commit,
+    `ValueError` outside of a checkout or where the scale has no reference.
     """
     checkout()
     names = list(dict.fromkeys(names)) or studies.names()
@@ -278,11 +292,12 @@ def recompute_reference(names: list[str], device: str) -> None:
     if version.endswith("-dirty"):
         raise runs.StoreError("stability_lib has changes that are in no commit, which the reference could not name: "
                               "commit or stash them")
-    folder = runs.locate(names[0]).local.parent / f"reference-{version}"
+    runs.reference_path(names[0], scale)
+    folder = runs.locate(names[0]).local.parent / f"reference-{scale}-{version}"
     for study in names:
-        configs, store = studies.configs(study, "cpu"), runs.Store(folder / f"{study}.jsonl")
+        configs, store = studies.configs(study, scale), runs.Store(folder / f"{study}.jsonl")
         runs.ensure(configs, store, device=device)
-        print(f"{study}: {runs.promote(study, configs, runs.read(store.local))} runs are the reference now")
+        print(f"{study}: {runs.promote(study, configs, runs.read(store.local), scale)} runs are the reference now")
     for study in names:
         (folder / f"{study}.jsonl").unlink()
 
@@ -319,7 +334,7 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.
 
 
 def _reference(study: str, config: RunConfig) -> pd.DataFrame:
-    path, key = runs.locate(study).reference, run_key(config)
+    path, key = runs.reference_path(study), run_key(config)
     rows = runs.read(path)
     if key not in rows:
         raise ValueError(f"{path} lacks the run {key}: train it with `stability-lib reference {study}`")

@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__, data, models
+from .cluster import check_name, check_version, lend
 from .config import SCHEMA, RunConfig, from_dict, non_default, replace, run_key
 from .store import (  # noqa: F401 (some only for those who use this module)
     DENSE,
@@ -39,6 +40,7 @@ from .store import (  # noqa: F401 (some only for those who use this module)
     project_root,
     promote,
     read,
+    reference_path,
     steps_of,
     waits,
     writer,
@@ -56,23 +58,24 @@ share runs train them once."""
 
 def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "cpu",
            executor: concurrent.futures.Executor | None = None, workers: int | None = None,
-           max_new: int | None = None, recompute: bool = False) -> pd.DataFrame:
+           max_new: int | None = None, recompute: bool = False, cluster: str = "") -> pd.DataFrame:
     """One row per config, in order, training only the runs that the store lacks.
 
     Args:
         study: a study's name, or a `Store`.
         device: `auto`, `cpu`, `cuda` or `mps`, for missing runs; cached runs are used whatever trained them.
-        executor: any `concurrent.futures.Executor`, also a Dask client's (`client.get_executor()`); threads take turns,
-            as a process trains one run at a time; default loky processes with one CPU thread each.
+        executor: any `concurrent.futures.Executor`; threads take turns, as a process trains one run at a time; default
+            loky processes with one CPU thread each.
         workers: how many default processes; default one per core on the CPU, one on an accelerator.
         max_new: raise `MissingRuns` before any training if more runs than this are missing.
         recompute: train every run again (see FRESH_SINCE); the new rows replace the stored ones.
+        cluster: train on the workers of a Dask scheduler (`tcp://host:8786`), or of `local:4`: see `cluster.lend`.
 
-    Raises `StoreError`, `DataError`, `ValueError` or `TypeError` before any training where store, data, config or an
-    option cannot serve; a run that fails for another reason, or comes from another version of this library, stops the
-    sweep. Finished runs are kept whatever happens.
+    Raises `StoreError`, `ClusterError`, `DataError`, `ValueError` or `TypeError` before any training where store,
+    cluster, data, config or an option cannot serve; a run that fails for another reason, or comes from another version
+    of this library, stops the sweep. Finished runs are kept whatever happens.
     """
-    _check_options(executor, workers, max_new, recompute)
+    _check_options(executor, workers, max_new, recompute, cluster)
     store, asked = _store(study), keyed(configs)
     wanted = dict(asked)
     if waits(store.local):
@@ -85,21 +88,20 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
     if not missing:
         print(f"{name}: all {len(wanted)} runs are cached")
         return frame([known[key] for key, _ in asked])
-    device = resolve_device(device)
     if max_new is not None and len(missing) > max_new:
         raise MissingRuns(f"{name}: {len(missing)} of {len(wanted)} runs are not cached and max_new allows {max_new}: "
                           "raise max_new, or recompute='missing' in a notebook, to train them")
-    workers = workers or _default_workers(device)
-    for config in {replace(c, seed=0, lr=1.0): c for c in missing.values()}.values():
-        prepare(config, device)
-    with writer(store.local) as file:
+    shapes = {replace(c, seed=0, lr=1.0): c for c in missing.values()}.values()
+    with (lend(cluster, shapes, device) if cluster else _here(shapes, device, executor, workers)) as (
+            executor, device, workers), writer(store.local) as file:
         if not recompute:
             known |= file.rows
             missing = {key: config for key, config in missing.items() if key not in known}
         if missing:
-            about = estimate_seconds(list(missing.values()), device) / workers
+            about = f"{workers} workers of {cluster}" if cluster else "about " + readable(
+                estimate_seconds(list(missing.values()), device) / workers)
             print(f"{name}: {len(wanted) - len(missing)} of {len(wanted)} runs are cached, training "
-                  f"{len(missing)} on {device}, about {readable(about)}")
+                  f"{len(missing)} on {device}, {about}")
 
         def keep(rows: dict[str, dict]) -> None:
             known.update(rows)
@@ -113,13 +115,26 @@ def _store(study: str | Store) -> Store:
     return study if isinstance(study, Store) else locate(study)
 
 
-def _check_options(executor, workers, max_new, recompute) -> None:
+@contextlib.contextmanager
+def _here(configs, device, executor, workers):
+    """What `cluster.lend` gives, of this machine; its `device` is asked for the same."""
+    device = resolve_device(device)
+    for config in configs:
+        prepare(config, device)
+    yield executor, device, workers or _default_workers(device)
+
+
+def _check_options(executor, workers, max_new, recompute, cluster="") -> None:
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be True or False, got {type(recompute).__name__} {recompute!r} (a notebook's "
                         "'missing' is False here, its 'none' is max_new=0)")
     if executor is not None and not isinstance(executor, concurrent.futures.Executor):
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__} {executor!r}: "
-                        "leave it out for loky processes, and of a Dask client give client.get_executor()")
+                        "leave it out for loky processes, and for Dask give cluster='tcp://HOST:8786'")
+    if cluster != "":
+        check_name(cluster)
+        if executor is not None or workers is not None:
+            raise ValueError(f"cluster {cluster!r} has its own workers: leave out executor and workers")
     for name, value, least in (("workers", workers, 1), ("max_new", max_new, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
             raise TypeError(f"{name} must be a whole number or None, got {type(value).__name__} {value!r}")
@@ -217,9 +232,10 @@ def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", 
 
 
 def estimate_seconds(configs: list[RunConfig], device: str) -> float:
-    """About how long `configs` take one after the other here: a + b FLOPs per step, from two short measurements.
-    What `models.training_flops` does not count comes on top."""
-    overhead, per_flop = _step_cost(device)
+    """About how long `configs` take one after the other on this device: a + b FLOPs per step, from two short
+    measurements. What `models.training_flops` does not count comes on top. Raises `ValueError` where there is no such
+    device."""
+    overhead, per_flop = _step_cost(resolve_device(device))
     return sum(config.steps * overhead + per_flop * models.training_flops(config, data.vocab_size(config))
                for config in configs)
 
@@ -227,7 +243,11 @@ def estimate_seconds(configs: list[RunConfig], device: str) -> float:
 @functools.lru_cache
 def _step_cost(device: str) -> tuple[float, float]:
     flops, seconds = [], []
-    for shape in (dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)):
+    shapes = dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)
+    if device == "cuda":  # as deep as each other, since there small steps take what launching their layers takes
+        large = dict(d_model=1024, n_heads=16, batch_size=64, seq_len=256, precision="bf16")
+        shapes = dict(d_model=64, n_layers=4, n_heads=4), dict(n_layers=4, **large)
+    for shape in shapes:
         short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0)
                        for steps in (3, 10))
         train_run(short, device)  # pays for what only the first run of a process or shape costs
@@ -284,6 +304,7 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[dict[str, dict]], None
                 for future in concurrent.futures.as_completed(futures):
                     key = futures[future]
                     collect({key: _result(future, key, todo[key])})
+                    del futures[future]  # Dask trains again what a dead worker held, unless nobody holds it here
             except BaseException as error:
                 if executor is None:
                     pool.shutdown(wait=False, kill_workers=True)  # it chokes on futures that were cancelled before
@@ -301,16 +322,12 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[dict[str, dict]], None
 
 
 def _check_version(executor: concurrent.futures.Executor) -> None:
-    """Ask one of the workers for its version, in words that it understands without the library: where a worker cannot
-    import what it is handed, Dask waits forever."""
+    """Ask one of the workers for its version, in words that it understands without the library."""
     try:
         version = executor.submit(pkgutil.resolve_name, f"{__package__}:__version__").result()
     except ImportError as error:
-        raise RuntimeError(f"the executor's workers cannot import stability_lib ({error}): install version "
-                           f"{__version__} there") from None
-    if version != __version__:
-        raise RuntimeError(f"the executor's workers have stability_lib {version} and this process {__version__}: "
-                           f"install {__version__} there")
+        version = error
+    check_version("a worker of the executor", version)
 
 
 def _fits(future: concurrent.futures.Future, key: str) -> bool:

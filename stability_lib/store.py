@@ -1,8 +1,8 @@
 """Files of runs: where they lie, what a row must hold, and how rows are read, appended and promoted.
 
-A study has a committed reference, `data/runs/<study>.jsonl`, and a local file beside it that git ignores and that
-receives every new run. One line of JSON is one run. One process at a time writes, one fsynced line as each run ends,
-so a killed sweep loses no more than the runs in flight.
+A study has a committed reference, `data/runs/<study>.jsonl` (of scale `gpu` or `paper` in a folder of that name), and a
+local file that git ignores and that receives every new run. One line of JSON is one run. One process at a time writes,
+one fsynced line as each run ends, so a killed sweep loses no more than the runs in flight.
 """
 
 import contextlib
@@ -21,12 +21,14 @@ from pathlib import Path
 import filelock
 
 from . import __version__, data
-from .config import SCHEMA, SOURCES, RunConfig, from_dict, replace, run_key
+from .config import SCHEMA, SOURCES, RunConfig, from_dict, replace, run_key, unknown
 from .train import SPECTRA
 
 MIN_FREE_BYTES = 20_000_000
 DENSE = {"loss", "gradient_norm", "penalty", "skipped_layers"}
 """Curves recorded at every step."""
+REFERENCES = {"quick": None, "cpu": ".", "gpu": "gpu", "paper": "paper"}
+"""By scale, the folder of its committed runs; `quick` has none."""
 OUTCOME = ("status", "stop_step", "reason", "loss_init", "loss_final", "curves", "patterns")
 """What every row holds besides schema, key, config and provenance (newer ones also `accuracy_final`, `extremes`)."""
 
@@ -62,16 +64,29 @@ def project_root() -> Path:
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
 
 
-def locate(study: str) -> Store:
-    """The store of a study. The environment variable STABILITY_LIB_RUNS names another folder for local runs (a relative
-    one lies under `project_root`, so that notebooks and scripts mean the same; `~` is your home)."""
+def locate(study: str, scale: str = "cpu") -> Store:
+    """The store of a study, its reference that of a scale (see REFERENCES).
+
+    The environment variable STABILITY_LIB_RUNS names another folder for local runs (a relative one lies under
+    `project_root`, so that notebooks and scripts mean the same; `~` is your home).
+    """
     if not isinstance(study, str):
         raise TypeError(f"study must be a study's name or a Store, got {type(study).__name__} {study!r}")
     if not study or "\0" in study or Path(study).name != study or "\\" in study:
         raise ValueError(f"study {study!r} is no name for a file: choose letters, digits and _, or give a Store")
-    folder = project_root() / "data" / "runs"
+    if scale not in REFERENCES:
+        raise ValueError(unknown("scale", scale, REFERENCES))
+    folder, of_scale = project_root() / "data" / "runs", REFERENCES[scale]
     local = project_root() / os.path.expanduser(os.environ.get("STABILITY_LIB_RUNS") or folder / "local")
-    return Store(local / f"{study}.jsonl", folder / f"{study}.jsonl")
+    return Store(local / f"{study}.jsonl", None if of_scale is None else folder / of_scale / f"{study}.jsonl")
+
+
+def reference_path(study: str, scale: str = "cpu") -> Path:
+    """Where the committed reference of a study at this scale lies. Raises `ValueError` where the scale has none."""
+    path = locate(study, scale).reference
+    if path is None:
+        raise ValueError(f"scale {scale!r} has no reference: choose cpu, gpu or paper")
+    return path
 
 
 def commit(of: str = "HEAD") -> str | None:
@@ -395,13 +410,14 @@ def _check_writable(path: Path) -> None:
                          f"{elsewhere}")
 
 
-def promote(study: str, configs: Iterable[RunConfig], rows: dict[str, dict]) -> int:
-    """Make those of `rows` (from `read` or `load`) that belong to `configs` the committed reference, in grid order.
+def promote(study: str, configs: Iterable[RunConfig], rows: dict[str, dict], scale: str = "cpu") -> int:
+    """Make those of `rows` (from `read` or `load`) that belong to `configs` the committed reference of a scale, in grid
+    order.
 
     Returns how many. What else the reference holds stays, behind them. Raises `MissingRuns` and leaves the reference
-    alone where one of them is missing.
+    alone where one of them is missing, `ValueError` where the scale has none.
     """
-    target = real(locate(study).reference)
+    target = real(reference_path(study, scale))
     keys = list(dict.fromkeys(key for key, _ in keyed(configs)))
     absent = [key for key in keys if key not in rows]
     if absent:
@@ -409,6 +425,7 @@ def promote(study: str, configs: Iterable[RunConfig], rows: dict[str, dict]) -> 
     others = {key: row for key, row in read(target).items() if key not in set(keys)}
     draft = target.with_suffix(f".{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
             file.writelines(_line(row) for row in [*(rows[key] for key in keys), *others.values()])
             file.flush()

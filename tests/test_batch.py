@@ -409,9 +409,11 @@ def test_the_dry_run_counts_what_chapters_share_once_and_knows_chapters_without_
 
 
 @pytest.mark.parametrize("study", studies.names())
-def test_the_committed_reference_is_exactly_the_cpu_grid(study):
-    rows = runs.read(runs.locate(study).reference)
-    assert list(rows) == [run_key(config) for config in studies.configs(study, "cpu")]
+def test_the_committed_reference_is_exactly_the_cpu_grid_and_one_of_another_scale_is_that_grid(study):
+    for scale in ("cpu", "gpu", "paper"):
+        path = runs.reference_path(study, scale)
+        if scale == "cpu" or path.exists():
+            assert list(runs.read(path)) == [run_key(config) for config in studies.configs(study, scale)]
 
 
 @pytest.fixture
@@ -451,6 +453,36 @@ def test_an_interrupted_reference_goes_on_where_it_stopped(checkout, monkeypatch
     assert not [*checkout.glob("data/runs/local/*/*.jsonl")]
     (row,) = runs.read(checkout / "data" / "runs" / "two.jsonl").values()
     assert row["provenance"]["commit"] == runs.commit() and "dirty" not in runs.commit()
+
+
+def test_the_reference_of_another_scale_is_trained_and_promoted_apart_and_a_session_reads_it(checkout, monkeypatch):
+    made = [replace(TINY, seed=2)]
+    monkeypatch.setattr(studies, "configs", lambda study, scale: made if scale == "gpu" else [replace(TINY, seed=0)])
+    train = runs.ensure
+    serial = lambda *args, **options: train(*args, executor=ThreadPoolExecutor(1), **options)  # noqa: E731
+    monkeypatch.setattr(runs, "ensure", serial)
+    for scale in ("gpu", "cpu"):
+        assert main(["reference", "one", "--scale", scale, "--device", "cpu"]) == 0
+    cpu, gpu = (checkout / "data" / "runs" / part / "one.jsonl" for part in (".", "gpu"))
+    assert [*runs.read(gpu)] == [run_key(made[0])] and [*runs.read(cpu)] != [*runs.read(gpu)]
+    table = batch.Session("gpu", recompute="none").runs("one")
+    assert table["seed"].to_list() == [2]
+    monkeypatch.setattr(runs, "_step_cost", lambda device: (0.0, 1e-12))
+    planned = batch.dry_run([Path("00_made.ipynb")], "gpu", "cpu").iloc[0]
+    assert (planned["cached"], planned["missing"]) == (1, 1)  # of two studies, one has this reference
+    with pytest.raises(runs.MissingRuns):
+        batch.Session("paper", recompute="none").runs("one")
+    monkeypatch.setattr(runs, "commit", lambda of="HEAD": None)
+    gpu.unlink()
+    train(made, "one", executor=ThreadPoolExecutor(1))
+    assert main(["promote", "one", "--scale", "gpu"]) == 0
+    assert [*runs.read(gpu)] == [run_key(made[0])]
+
+
+def test_a_scale_without_a_reference_is_refused_before_any_training(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "ensure", None)
+    assert main(["reference", "one", "--scale", "quick"]) == 2
+    assert "scale 'quick' has no reference" in capsys.readouterr().err
 
 
 def test_a_reference_by_code_that_is_in_no_commit_is_refused(checkout):

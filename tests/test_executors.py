@@ -1,7 +1,6 @@
 """Sweeps on executors of all kinds, whatever is killed, interrupted or of another version."""
 
 import concurrent.futures
-import contextlib
 import importlib
 import math
 import multiprocessing
@@ -163,48 +162,6 @@ def test_workers_of_another_version_or_without_the_library_are_refused_before_th
 
     with pytest.raises(RuntimeError, match=r"cannot import stability_lib .*: install version"):
         runs.ensure(THREE, store, executor=Bare())
-
-
-# Dask
-
-@pytest.fixture(scope="module")
-def cluster():
-    """`cluster(**options)`: a client of a Dask cluster with one worker process."""
-    from distributed import Client, LocalCluster
-
-    with contextlib.ExitStack() as stack:
-        def start(**options):
-            made = LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, **options)
-            return stack.enter_context(Client(stack.enter_context(made)))
-        yield start
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_dask_serves_also_after_an_interrupt_and_names_a_worker_without_the_library(store, cluster):
-    client = cluster()
-
-    def interrupt():
-        wait_until(lambda: has_runs(store), 120, "no run finished")
-        signal.raise_signal(signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    many = SWEEP + [replace(SWEEP[0], seed=seed) for seed in range(6, 40)]
-    with pytest.raises(KeyboardInterrupt):
-        runs.ensure(many, store, executor=client.get_executor())
-    interrupter.join()
-    finished = len(keys_in(store.local))
-    assert 0 < finished < len(many)
-    table = runs.ensure(SWEEP, store, executor=client.get_executor())
-    assert table["key"].to_list() == keys(SWEEP)
-    again = runs.ensure(SWEEP[:1], store, executor=client.get_executor(), recompute=True)
-    assert again["loss_final"].item() == table["loss_final"].iloc[0]
-    assert len(keys_in(store.local)) > len(set(keys_in(store.local)))  # trained again, not remembered by Dask
-
-    bare = cluster(preload="import sys; sys.modules['stability_lib'] = None")
-    with pytest.raises(RuntimeError, match="workers cannot import stability_lib"):
-        runs.ensure(many, store, executor=bare.get_executor())
 
 
 # processes

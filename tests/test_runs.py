@@ -7,12 +7,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from sweeps import THREE, TINY, Serial, Untouched, edited, keys, keys_in
 
-from stability_lib import data, models, runs
+from stability_lib import data, models, runs, studies
 from stability_lib.config import replace
 from stability_lib.runs import MissingRuns, Store
 from stability_lib.train import RunResult
@@ -312,6 +313,37 @@ def test_the_extremes_of_a_row_are_those_of_its_run(store):
         assert len(row["curves"][name]) < 130
 
 # plans
+
+def test_an_estimate_is_measured_on_the_device_it_is_for(monkeypatch):
+    """An accelerator in the place of which stands a rule: a step launches its layers, 1 ms each and 1 ms more, or
+    computes 2e14 FLOPs a second, whatever takes longer. Shapes of a few FLOPs would say nothing about its rate."""
+    def step(config):
+        rate = models.training_flops(config, data.vocab_size(config)) / config.steps / 2e14
+        return max(1e-3 * (config.n_layers + 1), rate)
+
+    asked = []
+
+    def trained(config, device):
+        asked.append(device)
+        return SimpleNamespace(seconds=0.2 + config.steps * step(config))
+
+    monkeypatch.setattr(runs, "train_run", trained)
+    monkeypatch.setattr(runs, "resolve_device", lambda device: {"auto": "cuda"}.get(device, device))
+    runs._step_cost.cache_clear()
+    for size in studies.SIZES["gpu"]:
+        config = replace(studies.base("gpu"), **size)
+        about = runs.estimate_seconds([config] * 2, "auto")
+        assert 0.5 < about / (2 * config.steps * step(config)) < 2
+    assert {*asked} == {"cuda"}
+    runs._step_cost.cache_clear()
+
+
+def test_an_estimate_for_a_device_that_is_not_here_is_a_named_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for estimate in (lambda: runs.estimate_seconds(THREE, "cuda"), lambda: runs.plan(THREE, "none", "cuda")):
+        with pytest.raises(ValueError, match="device 'cuda' is not available here: choose auto or cpu"):
+            estimate()
+
 
 def test_a_plan_counts_cached_and_missing_runs_and_trains_nothing(store, stored, monkeypatch):
     store.local.write_bytes(stored[0])

@@ -13,7 +13,7 @@ import pytest
 from sweeps import THREE, TINY, Serial, Untouched, edited, keys, keys_in, wait_until
 
 import stability_lib.store as files
-from stability_lib import config, runs
+from stability_lib import config, runs, studies
 from stability_lib.config import run_key
 from stability_lib.runs import MissingRuns, Store, StoreError
 
@@ -130,7 +130,8 @@ def test_a_config_with_a_number_beyond_all_floats_is_named_with_file_and_line(st
 
 @pytest.mark.slow
 def test_every_row_of_the_committed_references_can_be_read():
-    paths = sorted((runs.project_root() / "data" / "runs").glob("*.jsonl"))
+    folder = runs.project_root() / "data" / "runs"
+    paths = [*folder.glob("*.jsonl"), *folder.glob("gpu/*.jsonl")]
     assert paths and all(runs.read(path) for path in paths)
 
 
@@ -358,6 +359,30 @@ def test_promoting_another_grid_keeps_what_the_reference_held(checkout, stored, 
     assert runs.promote("study", THREE[1:], rows) == 2
     assert reference.read_bytes() == stored[1] + stored[2] + stored[0]
     assert "study: 1 runs of the reference that are not in this grid stay in it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["gpu", "paper"])
+def test_another_scale_is_promoted_apart_from_the_cpu_reference_and_read_apart(checkout, stored, scale):
+    reference, apart = (checkout / "data" / "runs" / part / "study.jsonl" for part in (".", scale))
+    reference.write_bytes(stored[0])
+    rows = {key: json.loads(line) for key, line in zip(keys(THREE), stored, strict=True)}
+    assert runs.promote("study", THREE[1:], rows, scale) == 2
+    assert reference.read_bytes() == stored[0] and apart.read_bytes() == stored[1] + stored[2]
+    assert runs.promote("study", THREE[:1], rows) == 1
+    assert apart.read_bytes() == stored[1] + stored[2]
+    assert [*runs.load(runs.locate("study"))] == keys(THREE[:1])
+    assert [*runs.load(runs.locate("study", scale))] == keys(THREE[1:])
+    runs.ensure(THREE[1:], runs.locate("study", scale), executor=Untouched())
+
+
+def test_the_quick_scale_has_no_reference_and_every_scale_has_its_place(checkout, stored):
+    (checkout / "data" / "runs" / "study.jsonl").write_bytes(stored[0])
+    assert runs.load(runs.locate("study", "quick")) == {}
+    with pytest.raises(ValueError, match="scale 'quick' has no reference: choose cpu, gpu or paper"):
+        runs.promote("study", THREE[:1], runs.load(runs.locate("study")), "quick")
+    with pytest.raises(ValueError, match="unknown scale 'fast': choose quick, cpu, gpu or paper"):
+        runs.locate("study", "fast")
+    assert (*files.REFERENCES,) == studies.SCALES
 
 
 def test_a_linked_reference_is_promoted_where_it_lies(checkout, stored):
