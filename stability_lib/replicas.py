@@ -20,7 +20,7 @@ from . import blocks, data, models, optim, probes, train
 from .config import RunConfig, non_default, replace
 from .train import RunResult
 
-NUMBERS = {"seed": 0, "lr": 1.0, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0,
+NUMBERS = {"seed": 0, "lr": 1e-9, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0,
            "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
 """In what replicas may differ, with a value that stands for all; also in `z_loss`, where all have one or none has."""
 ALONE = {"optimizer": "adamw", "sam_rho": 0.0, "gradient_penalty": 0.0, "shaping": "none", "spectra_every": 0,
@@ -30,14 +30,19 @@ LIMIT = 180.0
 """Seconds a batch of replicas may take, by an estimate: a killed process loses no more than that."""
 
 
-def batches(configs: list[RunConfig], most: int | None = None) -> list[list[RunConfig]]:
-    """The configs in groups that can train together, of at most `most` each, in order of their first members."""
+def batches(configs: list[RunConfig], device: str | None = None) -> list[list[RunConfig]]:
+    """The configs in groups that can train together, in order of their first members; where a device is given, none
+    larger than `most` there."""
     by_shape: dict[RunConfig, list[RunConfig]] = {}
     for config in configs:
         by_shape.setdefault(shape(config), []).append(config)
     found = []
     for alike in by_shape.values():
-        size = 1 if _alone(alike[0]) else min(most or len(alike), len(alike))
+        size = len(alike)
+        if any(getattr(alike[0], name) != value for name, value in ALONE.items()):
+            size = 1
+        elif device is not None and size > 1:
+            size = min(size, most(alike[0], device))
         parts = math.ceil(len(alike) / size)
         found += [alike[len(alike) * i // parts:len(alike) * (i + 1) // parts] for i in range(parts)]
     return found
@@ -46,10 +51,6 @@ def batches(configs: list[RunConfig], most: int | None = None) -> list[list[RunC
 def shape(config: RunConfig) -> RunConfig:
     """The config with everything reset in which replicas may differ."""
     return replace(config, **NUMBERS, z_loss=float(config.z_loss > 0))
-
-
-def _alone(config: RunConfig) -> bool:
-    return any(getattr(config, name) != value for name, value in ALONE.items())
 
 
 def train_replicas(configs: list[RunConfig], device: str = "cpu", threads: int | None = 1) -> list[RunResult]:
@@ -70,8 +71,7 @@ def train_replicas(configs: list[RunConfig], device: str = "cpu", threads: int |
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
             raise
-    if device != "cpu":  # here, where the error no longer holds the tensors of what failed
-        getattr(torch, device).empty_cache()
+    _give_back_memory(device)  # here, where the error no longer holds the tensors of what failed
     half = len(configs) // 2
     return [result for part in (configs[:half], configs[half:]) for result in train_replicas(part, device, threads)]
 
@@ -83,10 +83,19 @@ def _train(configs: list[RunConfig], device: str) -> list[RunResult]:
     return train.train_runs(Replicas(configs, vocab, device), windows, started)
 
 
+def _give_back_memory(device: str) -> None:
+    if device != "cpu":
+        getattr(torch, device).empty_cache()
+
+
 def most(config: RunConfig, device: str) -> int:
-    """How many replicas of the config's shape train within `LIMIT`, at least 1."""
+    """How many replicas of the config's shape to train together: as many as take `LIMIT`, or twice the time of one
+    where that is more, and no more than the memory has room for by the least estimate, or than 65535 sequences, the
+    largest grid of a CUDA kernel in all but its first dimension."""
     overhead, each = step_seconds(shape(config), device)
-    return max(1, int((LIMIT / config.steps - overhead) / each))
+    time_for_a_step = max(LIMIT / config.steps, 2 * (overhead + each))
+    room = train.memory(device) / models.least_memory(config)
+    return max(1, int(min((time_for_a_step - overhead) / each, room, 65535 / config.batch_size)))
 
 
 @functools.lru_cache
@@ -94,11 +103,12 @@ def step_seconds(config: RunConfig, device: str) -> tuple[float, float]:
     """(a, b) of a + b n, about the seconds of a training step of n replicas, from short measurements of 2 and 8."""
     taken = {}
     for n in (2, 8):
-        short, long = ([replace(config, seed=seed, steps=steps, probe_every=0, attention_maps=0) for seed in range(n)]
-                       for steps in (2, 6))
+        short, long = ([replace(config, seed=seed, steps=steps, probe_every=0, attention_maps=0, eval_sequences=1)
+                        for seed in range(n)] for steps in (2, 6))
         train_replicas(short, device)  # pays for what only the first run of a process or shape costs
         before, after = (n * train_replicas(part, device)[0].seconds for part in (short, long))
         taken[n] = max(after - before, 1e-6) / 4
+    _give_back_memory(device)
     each = max((taken[8] - taken[2]) / 6, 1e-7)
     return max(0.0, taken[2] - 2 * each), each
 

@@ -177,7 +177,7 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
 
     Raises `DataError` or `ValueError` where the config cannot be run, or not in the memory of this device.
     """
-    needed, there = models.least_memory(config), _memory(device)
+    needed, there = models.least_memory(config), memory(device)
     if needed > there:
         default = RunConfig()
         large = [f"{name} {getattr(config, name)}" for name in (
@@ -188,7 +188,7 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
     return data.vocab_size(config), data.validation(config)
 
 
-def _memory(device: str) -> float:
+def memory(device: str) -> float:
     """All the memory of a device in bytes; infinite where the system does not tell."""
     if device == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
