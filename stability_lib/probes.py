@@ -95,11 +95,6 @@ def fetch(readings: Readings) -> dict[str, float]:
     return dict(zip(readings, values, strict=True))
 
 
-def probe_steps(steps: int, every: int) -> list[int]:
-    """The 0-based steps to probe: every `every`-th, the first and the last; none where `every` is 0."""
-    return sorted({*range(0, steps, every), steps - 1}) if every else []
-
-
 def compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` or `Module.compile` has been at the model or a part of it."""
     return any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in model.modules())

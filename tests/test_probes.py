@@ -276,12 +276,10 @@ def test_readings_of_a_bf16_run_are_made_in_fp32(tiny, attention):
     torch.testing.assert_close(patterns[0], core.weights(z_BxHxTxT)[0, 0], atol=1e-5, rtol=1e-3)
 
 
-def test_the_first_the_last_and_every_nth_step_are_probed():
-    assert probes.probe_steps(10, 4) == [0, 4, 8, 9]
-    assert probes.probe_steps(9, 4) == [0, 4, 8]
-    assert probes.probe_steps(1, 20) == [0]
-    assert probes.probe_steps(3, 1) == [0, 1, 2]
-    assert probes.probe_steps(10, 0) == []
+@pytest.mark.parametrize("steps, every, probed", [(10, 4, [0, 4, 8, 9]), (9, 4, [0, 4, 8]), (3, 20, [0, 2]),
+                                                  (3, 1, [0, 1, 2]), (3, 0, None)])
+def test_the_first_the_last_and_every_nth_step_are_probed(tiny, steps, every, probed):
+    assert train_run(replace(tiny, steps=steps, probe_every=every)).curves.get("probe_step") == probed
 
 
 class Strays(TorchDispatchMode):
@@ -367,7 +365,7 @@ def test_a_training_step_on_images_stays_on_its_device(tiny, optimizer, moments)
 def test_every_reading_of_a_run_is_a_number_at_every_probed_step(tiny):
     config = replace(tiny, probe_every=2)
     curves = train_run(config).curves
-    assert curves["probe_step"] == probes.probe_steps(config.steps, 2)
+    assert curves["probe_step"] == [0, 2, 4, 5]
     read = {name: values for name, values in curves.items() if name not in ("step", "loss", "gradient_norm")}
     per_block = {"attention_logit_max", "attention_entropy", "q_rms", "k_rms", "qk_cosine", "qk_cosine_at_max",
                  "output_rms"}
