@@ -49,8 +49,7 @@ def step_seconds(config: RunConfig, n: int, compiled: bool, device: str) -> floa
     def seconds(steps: int) -> float:
         started = time.perf_counter()
         for _ in range(steps):
-            batch = torch.stack([data.sample(run.config, run.batch_order) for run in learner.runs]).to(device)
-            train._step(learner, next(step), batch)
+            train._step(learner, next(step), learner.draw())
         if device != "cpu":
             torch.accelerator.synchronize()
         return (time.perf_counter() - started) / steps
