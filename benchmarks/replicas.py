@@ -113,7 +113,8 @@ def main() -> None:
     given = options.parse_args()
     device = train.resolve_device(given.device)
     machine = (torch.cuda.get_device_name() if device == "cuda" else
-               f"{device} ({platform.machine()}, {os.cpu_count()} cores, one thread). No GPU was measured: what this says holds for a CPU only")
+               f"{device} ({platform.machine()}, {os.cpu_count()} cores, one thread). No GPU was measured: what this "
+               "says holds for a CPU only")
     with train.alone(device, 1):
         lines = table(device, given.quick, given.seconds)
     text = "\n".join(["# Replicas", "", f"{machine}. torch {torch.__version__}. Written by `benchmarks/replicas.py`, "

@@ -62,7 +62,8 @@ def ensure(configs: Iterable[RunConfig], study: str | Store, *, device: str = "c
 
     Args:
         study: a study's name, or a `Store`.
-        device: `auto`, `cpu`, `cuda` or `mps`, for missing runs; cached runs are used whatever trained them.
+        device: `auto`, `cpu`, `cuda` or `mps`, for missing runs; cached runs are used whatever trained them. On an
+            accelerator runs that differ only in numbers train together, see `replicas`.
         executor: any `concurrent.futures.Executor`, also a Dask client's (`client.get_executor()`); threads take turns,
             as a process trains one run at a time; default loky processes with one CPU thread each.
         workers: how many default processes; default one per core on the CPU, one on an accelerator.
