@@ -51,7 +51,7 @@ def step_seconds(config: RunConfig, n: int, compiled: bool, device: str) -> floa
     def seconds(steps: int) -> float:
         started = time.perf_counter()
         for _ in range(steps):
-            train._step(learner, next(step), learner.draw())
+            train.take_step(learner, next(step), learner.draw())
         if device != "cpu":
             torch.accelerator.synchronize()
         return (time.perf_counter() - started) / steps

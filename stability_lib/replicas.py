@@ -8,6 +8,7 @@ Dimensions: R replicas, P parameters of one of them, G parameter groups; others 
 """
 
 import functools
+import itertools
 import math
 import time
 
@@ -69,7 +70,7 @@ def train_replicas(configs: list[RunConfig], device: str = "cpu", threads: int |
         with train.alone(device, threads):
             return _train(configs, device)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+        if not _out_of_memory(error):
             raise
     _give_back_memory(device)  # here, where the error no longer holds the tensors of what failed
     half = len(configs) // 2
@@ -81,6 +82,10 @@ def _train(configs: list[RunConfig], device: str) -> list[RunResult]:
     configs = [replace(config, data=pinned.data, data_digest=pinned.data_digest) for config in configs]
     vocab, windows = train.prepare(pinned, device)
     return train.train_runs(Replicas(configs, vocab, device), windows, started)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # the latter on mps
 
 
 def _give_back_memory(device: str) -> None:
@@ -100,17 +105,29 @@ def most(config: RunConfig, device: str) -> int:
 
 @functools.lru_cache
 def step_seconds(config: RunConfig, device: str) -> tuple[float, float]:
-    """(a, b) of a + b n, about the seconds of a training step of n replicas, from short measurements of 2 and 8."""
-    taken = {}
-    for n in (2, 8):
-        short, long = ([replace(config, seed=seed, steps=steps, probe_every=0, attention_maps=0, eval_sequences=1)
-                        for seed in range(n)] for steps in (2, 6))
-        train_replicas(short, device)  # pays for what only the first run of a process or shape costs
-        before, after = (n * train_replicas(part, device)[0].seconds for part in (short, long))
-        taken[n] = max(after - before, 1e-6) / 4
+    """(a, b) of a + b n, about the seconds of a training step of n replicas: from a few steps of 2 and of 8."""
+    device = train.resolve_device(device)
+    with train.alone(device, 1):
+        few = _fastest_step(config, 2, device)
+        try:
+            many = _fastest_step(config, 8, device)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            many = 4 * few
     _give_back_memory(device)
-    each = max((taken[8] - taken[2]) / 6, 1e-7)
-    return max(0.0, taken[2] - 2 * each), each
+    each = max((many - few) / 6, 1e-7)
+    return max(0.0, few - 2 * each), each
+
+
+def _fastest_step(config: RunConfig, n: int, device: str) -> float:
+    """Seconds from step to step; the first ones pay for what only they cost."""
+    configs = [replace(config, seed=seed, steps=8, probe_every=0, attention_maps=0) for seed in range(n)]
+    learner, marks = Replicas(configs, data.vocab_size(config), device), []
+    for step in range(8):
+        train.take_step(learner, step, learner.draw())
+        marks.append(time.perf_counter())
+    return min(end - start for start, end in itertools.pairwise(marks[2:]))
 
 
 class Replicas:

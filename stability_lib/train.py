@@ -310,7 +310,7 @@ def train_runs(learner, windows: Tensor, started: float) -> list[RunResult]:
             for run, pattern_TxT in zip(learner.runs, seen, strict=True):
                 run.patterns.append(pattern_TxT)
                 run.record(pattern_step=step)
-        _step(learner, step, batch)
+        take_step(learner, step, batch)
         if not learner.runs:
             break
     at_end = learner.evaluate(windows)
@@ -327,7 +327,7 @@ def _result(run: Run, at_start: tuple, at_end: tuple, seconds: float, replicas: 
                      run.patterns, seconds, replicas)
 
 
-def _step(learner, step: int, batch: Tensor) -> None:
+def take_step(learner, step: int, batch: Tensor) -> None:
     """One step of training with all that is recorded of it. Runs that blow up end here, before an update."""
     probe = due(learner.config, step, learner.config.probe_every)
     loss_R, objective_R, readings = learner.losses(step, batch, probe)

@@ -107,7 +107,7 @@ def test_a_step_waits_for_the_device_once(tiny, monkeypatch):
             waits.append(name)
             return real(tensor)
         monkeypatch.setattr(torch.Tensor, name, noted)
-    train._step(learner, 3, batch)
+    train.take_step(learner, 3, batch)
     assert waits == ["tolist"]
 
 
@@ -253,6 +253,12 @@ def test_where_memory_runs_out_a_batch_is_halved_and_tried_again(tiny, double, m
     assert [result.replicas for result in found] == [1, 2, 2, 2, 2, 2, 2]
     for result, single in zip(found, singles, strict=True):
         assert_same(result, single)
+
+
+def test_the_time_of_a_step_can_be_told_where_eight_replicas_find_no_memory(tiny, monkeypatch):
+    tried = short_of_memory(monkeypatch, 4)
+    overhead, each = replicas.step_seconds(replicas.shape(replace(tiny, seq_len=9)), "cpu")
+    assert tried == [2, 8] and overhead == 0 and each > 0
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory(tiny, monkeypatch):
