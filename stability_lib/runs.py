@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import __version__, data, models
+from . import __version__, data, models, replicas
 from .config import SCHEMA, RunConfig, from_dict, non_default, replace, run_key
 from .store import (  # noqa: F401 (some only for those who use this module)
     DENSE,
@@ -289,18 +289,21 @@ def _train(missing: dict[str, RunConfig], keep: Callable[[dict[str, dict]], None
             try:
                 if executor is not None:
                     _check_version(executor)
-                for key, config in todo.items():
-                    futures[pool.submit(_work, config, device, os.getpid(), sweep)] = key
+                for batch in _batches(todo, device):
+                    given = [todo[key] for key in batch]
+                    given = given if len(batch) > 1 else given[0]
+                    futures[pool.submit(_work, given, device, os.getpid(), sweep)] = batch
                 for future in concurrent.futures.as_completed(futures):
-                    key = futures[future]
-                    collect({key: _result(future, key, todo[key])})
+                    batch = futures[future]
+                    collect(_result(future, {key: todo[key] for key in batch}))
             except BaseException as error:
                 if executor is None:
                     pool.shutdown(wait=False, kill_workers=True)  # it chokes on futures that were cancelled before
                 else:
                     for future in futures:
                         future.cancel()
-                collect({key: future.result() for future, key in futures.items() if key in todo and _fits(future, key)})
+                collect({key: row for future, batch in futures.items() for key, row in _fitting(future, batch).items()
+                         if key in todo})
                 if not isinstance(error, concurrent.futures.BrokenExecutor):
                     raise
                 barren = 0 if len(todo) < before else barren + 1
@@ -323,25 +326,44 @@ def _check_version(executor: concurrent.futures.Executor) -> None:
                            f"install {__version__} there")
 
 
-def _fits(future: concurrent.futures.Future, key: str) -> bool:
+def _batches(todo: dict[str, RunConfig], device: str) -> list[list[str]]:
+    """The keys of runs that are trained together: replicas on an accelerator, on the CPU each run by itself."""
+    if device == "cpu":
+        return [[key] for key in todo]
+    key_of = {config: key for key, config in todo.items()}
+    return [[key_of[config] for config in batch] for batch in replicas.batches([*key_of], device)]
+
+
+def _fitting(future: concurrent.futures.Future, keys: list[str]) -> dict[str, dict]:
+    """The finished rows among those of some keys that are what was asked for."""
     if not future.done() or future.cancelled() or future.exception() is not None:
-        return False
-    with contextlib.suppress(StoreError):
-        check_new(future.result(), key)
-        return True
-    return False
+        return {}
+    found = {}
+    for key, row in zip(keys, _listed(future), strict=False):
+        with contextlib.suppress(StoreError):
+            check_new(row, key)
+            found[key] = row
+    return found
 
 
-def _result(future: concurrent.futures.Future, key: str, config: RunConfig) -> dict:
+def _listed(future: concurrent.futures.Future) -> list[dict]:
+    found = future.result()
+    return found if isinstance(found, list) else [found]
+
+
+def _result(future: concurrent.futures.Future, batch: dict[str, RunConfig]) -> dict[str, dict]:
+    """The rows of runs that were trained together, by key."""
     try:
-        row = future.result()
+        rows = dict(zip(batch, _listed(future), strict=True))
     except concurrent.futures.BrokenExecutor:
         raise
     except Exception as error:
-        raise RuntimeError(f"the run {non_default(config)} failed with {type(error).__name__}: {error}; "
+        named = "; ".join(str(non_default(config)) for config in batch.values())
+        raise RuntimeError(f"the run{'s' * (len(batch) > 1)} {named} failed with {type(error).__name__}: {error}; "
                            "finished runs are kept") from error
-    check_new(row, key)
-    return row
+    for key, row in rows.items():
+        check_new(row, key)
+    return rows
 
 
 def _start_worker(parent: int) -> None:
@@ -364,8 +386,8 @@ def _exit_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(config: RunConfig, device: str, sweeper: int, sweep: str) -> dict:
-    """Train one run where this is called and return its row.
+def _work(given: RunConfig | list[RunConfig], device: str, sweeper: int, sweep: str) -> dict | list[dict]:
+    """Train a run where this is called and return its row, or replicas and return the list of theirs.
 
     A worker that the process `sweeper` started ends with its parent: idle ones of the standard library would stay.
     `sweep` makes the call another one than any before it: Dask answers the same call with what it remembers of it,
@@ -374,7 +396,9 @@ def _work(config: RunConfig, device: str, sweeper: int, sweep: str) -> dict:
     starter = multiprocessing.parent_process()
     if starter is not None and starter.pid == sweeper:
         _exit_with(sweeper)
-    return to_row(train_run(config, device), device)
+    if isinstance(given, RunConfig):
+        return to_row(train_run(given, device), device)
+    return [to_row(result, device) for result in replicas.train_replicas(given, device)]
 
 
 def to_row(result: RunResult, device: str) -> dict:
@@ -395,6 +419,7 @@ def to_row(result: RunResult, device: str) -> dict:
             "extremes": {name: [_rounded(min(v)), _rounded(max(v))] for name, v in reached.items() if v},
             "patterns": [[[round(p, 3) for p in line] for line in pattern] for pattern in result.patterns],
             "provenance": {**_machine(), "device": device, "seconds": round(result.seconds, 2),
+                           "replicas": result.replicas,
                            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}}
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class RunResult:
     of tokens predicted right there. `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm`
     (before clipping) at every step, of shaped runs also `penalty` and `skipped_layers` (so far), at each of
     `probe_step` all readings of `probes`, and at each of `spectra_step` those of `SPECTRA`. `patterns` holds the
-    attention maps asked for, one [T][T] list each, taken at `pattern_step`.
+    attention maps asked for, one [T][T] list each, taken at `pattern_step`. `replicas` says how many
+    runs trained together, and `seconds` is the run's share of the time.
     """
 
     config: RunConfig
@@ -50,6 +52,7 @@ class RunResult:
     curves: dict[str, list[float]]
     patterns: list[list[list[float]]]
     seconds: float
+    replicas: int = 1
 
 
 def resolve_device(device: str) -> str:
@@ -65,12 +68,14 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def loss_terms(logits_BxTxV: Tensor, targets_BxT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def loss_terms(logits_BxTxV: Tensor, targets_BxT: Tensor, z_loss: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats, and the same plus z_loss * mean(log^2 Z) (paper P, Sec. 3.1.2)."""
     logits = logits_BxTxV.float()
     log_z = logits.logsumexp(-1)
     cross_entropy = (log_z - logits.gather(-1, targets_BxT.unsqueeze(-1)).squeeze(-1)).mean()
-    return cross_entropy, cross_entropy + z_loss * log_z.square().mean() if z_loss else cross_entropy
+    if not isinstance(z_loss, Tensor) and z_loss == 0:
+        return cross_entropy, cross_entropy
+    return cross_entropy, cross_entropy + z_loss * log_z.square().mean()
 
 
 def scored(config: RunConfig, logits_BxTxV: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,16 +85,21 @@ def scored(config: RunConfig, logits_BxTxV: Tensor, sequences: Tensor) -> tuple[
 
 def evaluate(model: nn.Module, windows: Tensor, config: RunConfig, device: str) -> tuple[float, float]:
     """Cross-entropy in nats per token and the share of tokens predicted right, on validation `windows` [n, T + 1]."""
-    total, right = 0.0, 0.0
-    with torch.no_grad(), _eval_mode(model):
-        for chunk in windows.split(config.batch_size):
-            chunk = chunk.to(device)
-            with autocast(config, device):
-                logits = model(chunk[:, :-1])
-            logits, targets = scored(config, logits, chunk)
-            total += float(loss_terms(logits, targets, 0.0)[0]) * len(chunk)
-            right += float((logits.argmax(-1) == targets).float().mean()) * len(chunk)
-    return total / len(windows), right / len(windows)
+    return tuple(mean_over(windows, lambda chunk: score(model, chunk, config, device), config, device))
+
+
+def score(model: nn.Module, sequences: Tensor, config: RunConfig, device: str) -> Tensor:
+    """Cross-entropy and the share of tokens predicted right on sequences [B, T + 1], as one tensor [2]."""
+    with torch.no_grad(), _eval_mode(model), autocast(config, device):
+        logits = model(sequences[:, :-1])
+    logits, targets = scored(config, logits, sequences)
+    return torch.stack([loss_terms(logits, targets, 0.0)[0], (logits.argmax(-1) == targets).float().mean()])
+
+
+def mean_over(windows: Tensor, scores: Callable[[Tensor], Tensor], config: RunConfig, device: str) -> list:
+    """The mean over all windows of what `scores` gives for a batch of them."""
+    total = sum(scores(chunk.to(device)).cpu().double() * len(chunk) for chunk in windows.split(config.batch_size))
+    return (total / len(windows)).tolist()
 
 
 @contextlib.contextmanager
@@ -149,8 +159,17 @@ def train_run(config: RunConfig, device: str = "cpu", threads: int | None = 1) -
     training where the config cannot be run.
     """
     device = resolve_device(device)
+    with alone(device, threads):
+        started, config = time.perf_counter(), data.pin(config)
+        vocab, windows = prepare(config, device)
+        return train_runs(Single(config, vocab, device), windows, started)[0]
+
+
+@contextlib.contextmanager
+def alone(device: str, threads: int | None):
+    """The only training in this process, whatever its other threads do and its caller has set."""
     with _one_run, cpu_threads(threads), _torch_as_imported(device):
-        return _train(data.pin(config), device)
+        yield
 
 
 def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
@@ -158,7 +177,7 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
 
     Raises `DataError` or `ValueError` where the config cannot be run, or not in the memory of this device.
     """
-    needed, there = models.least_memory(config), _memory(device)
+    needed, there = models.least_memory(config), memory(device)
     if needed > there:
         default = RunConfig()
         large = [f"{name} {getattr(config, name)}" for name in (
@@ -169,115 +188,171 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
     return data.vocab_size(config), data.validation(config)
 
 
-def _memory(device: str) -> float:
+def memory(device: str) -> float:
     """All the memory of a device in bytes; infinite where the system does not tell."""
     if device == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Run:
-    """What the steps of a run share."""
+@dataclasses.dataclass(eq=False)
+class Run:
+    """What a run has beside its weights: the order of its batches, and what is recorded of it."""
 
     config: RunConfig
-    device: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    kss: shaping.KSS | None
     curves: dict[str, list] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    patterns: list = dataclasses.field(default_factory=list)
+    stop_step: int | None = None
+    reason: str | None = None
 
-    def due(self, step: int, every: int) -> bool:
-        """Every `every`-th step, the first and the last; none where `every` is 0."""
-        return every > 0 and (step % every == 0 or step == self.config.steps - 1)
+    def __post_init__(self):
+        seed = np.random.SeedSequence([self.config.seed, 1]).generate_state(1)[0]
+        self.batch_order = torch.Generator().manual_seed(int(seed))
 
+    def record(self, **values: float) -> None:
+        for name, value in values.items():
+            self.curves[name].append(value)
 
-def _train(config: RunConfig, device: str) -> RunResult:
-    started = time.perf_counter()
-    vocab, windows = prepare(config, device)
-    model = models.build(config, vocab).to(device)
-    run = _Run(config, device, model, optim.build(model, config), shaping.attach(model, config))
-    batch_order = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0]))
-    to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
-    loss_init, _ = evaluate(model, windows, config, device)
-    patterns, stop_step, reason = [], None, None
-    for step in range(config.steps):
-        batch = data.sample(config, batch_order).to(device)
-        if step in to_map:
-            patterns.append(_pattern(model, windows[:1, :-1].to(device), config, device))
-            run.curves["pattern_step"].append(step)
-        reason = _step(run, step, batch)
+    def end(self, step: int, reason: str | None) -> None:
         if reason:
-            stop_step = step
+            self.stop_step, self.reason = step, reason
+
+
+class Single:
+    """The model of one run and all that trains it. `replicas.Replicas` does the same for many: wherever a value or an
+    input has a leading axis it is that of the runs, here of length one."""
+
+    def __init__(self, config: RunConfig, vocab: int, device: str):
+        self.config, self.device, self.runs = config, device, [Run(config)]
+        self.model = models.build(config, vocab).to(device)
+        self.optimizer = optim.build(self.model, config)
+        self.kss = shaping.attach(self.model, config)
+
+    def evaluate(self, windows: Tensor) -> list[tuple[float, float]]:
+        return [evaluate(self.model, windows, self.config, self.device)]
+
+    def patterns(self, tokens_1xT: Tensor) -> Tensor:
+        return pattern(self.model, tokens_1xT, self.config, self.device).unsqueeze(0)
+
+    def losses(self, step: int, batch: Tensor, probe: bool) -> tuple[Tensor, Tensor, probes.Readings]:
+        if due(self.config, step, self.config.spectra_every):
+            _read_spectra(self.runs[0].curves, step, self.model, batch[0], self.config)
+        loss, objective, readings = self._losses(batch[0], probe)
+        return loss.unsqueeze(0), objective.unsqueeze(0), _with_axis(readings)
+
+    def _losses(self, batch: Tensor, probe: bool = False) -> tuple[Tensor, Tensor, probes.Readings]:
+        config = self.config
+        kernel = sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
+        with kernel:  # the fused ones cannot be differentiated twice
+            loss, objective, readings = losses(self.model, batch, config, config.z_loss, self.device, probe)
+        if config.gradient_penalty:
+            gradients = torch.autograd.grad(objective, [*self.model.parameters()], create_graph=True)
+            objective = objective + config.gradient_penalty * sum(g.square().sum() for g in gradients)
+        if self.kss:
+            self.penalty = self.kss.penalty()
+            objective = objective + self.penalty
+        return loss, objective, readings
+
+    def backward(self, objective: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.sum().backward()
+
+    def read_weights(self) -> probes.Readings:
+        return _with_axis(probes.parameters(self.model) | probes.gradients(self.model))
+
+    def clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf).unsqueeze(0)
+
+    def extras(self) -> dict[str, float]:
+        """What a step records besides loss and gradient norm."""
+        return {"penalty": float(self.penalty.detach()), "skipped_layers": self.kss.skipped} if self.kss else {}
+
+    def keep(self, going: list[int]) -> None:
+        """Train on with these of the runs; the others keep the weights they have."""
+        self.runs = [self.runs[i] for i in going]
+
+    def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
+        optim.set_lr(self.optimizer, optim.schedule(self.config, step))
+        with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:
+            self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
+        if self.kss:
+            self.kss.step()
+        return _with_axis(moved)
+
+    def _climb(self, batch: Tensor) -> None:
+        """The gradient at SAM's second point, clipped as the first."""
+        self._losses(batch)[1].backward()
+        self.clip()
+
+
+def _with_axis(readings: probes.Readings) -> probes.Readings:
+    return {name: value.unsqueeze(0) for name, value in readings.items()}
+
+
+def due(config: RunConfig, step: int, every: int) -> bool:
+    """Every `every`-th step, the first and the last; none where `every` is 0."""
+    return every > 0 and (step % every == 0 or step == config.steps - 1)
+
+
+def train_runs(learner, windows: Tensor, started: float) -> list[RunResult]:
+    """Train all runs of a `Single` or of `replicas.Replicas` and return their results, in order."""
+    runs, config = learner.runs, learner.config
+    to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
+    at_start = learner.evaluate(windows)
+    for step in range(config.steps):
+        batch = torch.stack([data.sample(run.config, run.batch_order) for run in learner.runs]).to(learner.device)
+        if step in to_map:
+            seen = learner.patterns(windows[:1, :-1].to(learner.device)).tolist()
+            for run, pattern_TxT in zip(learner.runs, seen, strict=True):
+                run.patterns.append(pattern_TxT)
+                run.record(pattern_step=step)
+        _step(learner, step, batch)
+        if not learner.runs:
             break
-    loss_final, accuracy_final = evaluate(model, windows, config, device)
-    if not reason and not math.isfinite(loss_final):
-        stop_step, reason = config.steps, "final validation loss is not finite"
-    return RunResult(config, "diverged" if reason else "ok", stop_step, reason, loss_init,
-                     loss_final if math.isfinite(loss_final) else math.nan, accuracy_final, dict(run.curves), patterns,
-                     time.perf_counter() - started)
+    at_end = learner.evaluate(windows)
+    seconds = (time.perf_counter() - started) / len(runs)
+    return [_result(*of_run, seconds, len(runs)) for of_run in zip(runs, at_start, at_end, strict=True)]
 
 
-def _step(run: _Run, step: int, batch: Tensor) -> str | None:
-    """One step of training with all that is recorded of it; the reason where the run ends here, before an update."""
-    config, model, curves = run.config, run.model, run.curves
-    optim.set_lr(run.optimizer, optim.schedule(config, step))
-    if run.due(step, config.spectra_every):
-        _read_spectra(curves, step, model, batch, config)
-    probe = run.due(step, config.probe_every)
-    with probes.watch(model) if probe else contextlib.nullcontext({}) as readings:
-        logits = _forward(run, batch)
-    loss, objective, penalty = _losses(run, logits, batch)
-    run.optimizer.zero_grad(set_to_none=True)
-    objective.backward()
+def _result(run: Run, at_start: tuple, at_end: tuple, seconds: float, replicas: int) -> RunResult:
+    loss_final, accuracy_final = at_end
+    if not math.isfinite(loss_final) and not run.reason:
+        run.end(run.config.steps, "final validation loss is not finite")
+    return RunResult(run.config, "diverged" if run.reason else "ok", run.stop_step, run.reason, at_start[0],
+                     loss_final if math.isfinite(loss_final) else math.nan, accuracy_final, dict(run.curves),
+                     run.patterns, seconds, replicas)
+
+
+def _step(learner, step: int, batch: Tensor) -> None:
+    """One step of training with all that is recorded of it. Runs that blow up end here, before an update."""
+    probe = due(learner.config, step, learner.config.probe_every)
+    loss_R, objective_R, readings = learner.losses(step, batch, probe)
+    learner.backward(objective_R)
     if probe:
-        readings |= probes.parameters(model) | probes.gradients(model)
-    loss, norm = torch.stack([loss.detach(), _clip(run).float()]).tolist()
-    for name, value in (("step", step), ("loss", loss), ("gradient_norm", norm)):
-        curves[name].append(value)
-    if run.kss:
-        curves["penalty"].append(float(penalty.detach()))
-        curves["skipped_layers"].append(run.kss.skipped)
-    if reason := _blow_up(config, loss, norm):
-        return reason
-    with probes.updates(model) if probe else contextlib.nullcontext({}) as moved:
-        run.optimizer.step(*([lambda: _climb(run, batch)] if config.sam_rho else []))
-    if run.kss:
-        run.kss.step()
+        readings |= learner.read_weights()
+    values = torch.stack([loss_R.detach(), learner.clip().float()]).tolist()  # one transfer from the device
+    for run, loss, norm in zip(learner.runs, *values, strict=True):
+        run.record(step=step, loss=loss, gradient_norm=norm, **learner.extras())
+        run.end(step, _blow_up(run.config, loss, norm))
+    going = [i for i, run in enumerate(learner.runs) if not run.reason]
+    if len(going) < len(learner.runs):
+        learner.keep(going)
+        batch, readings = batch[going], {name: value[going] for name, value in readings.items()}
+    if not going:
+        return
+    moved = learner.update(step, batch, probe)
     if probe:
-        curves["probe_step"].append(step)
-        for name, value in probes.fetch(readings | moved).items():
-            curves[name].append(value)
-    return None
+        found = probes.fetch(readings | moved)
+        for i, run in enumerate(learner.runs):
+            run.record(probe_step=step, **{name: values[i] for name, values in found.items()})
 
 
-def _forward(run: _Run, batch: Tensor) -> Tensor:
-    """Logits by fused attention, but where the gradient itself is differentiated."""
-    kernel = sdpa_kernel(SDPBackend.MATH) if run.config.gradient_penalty else contextlib.nullcontext()
-    with autocast(run.config, run.device), kernel:
-        return run.model(batch[:, :-1])
-
-
-def _losses(run: _Run, logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The task loss on a batch, what is minimised, and the part of it that shapes the layers."""
-    config = run.config
-    loss, objective = loss_terms(*scored(config, logits, batch), config.z_loss)
-    if config.gradient_penalty:
-        gradients = torch.autograd.grad(objective, [*run.model.parameters()], create_graph=True)
-        objective = objective + config.gradient_penalty * sum(g.square().sum() for g in gradients)
-    penalty = run.kss.penalty() if run.kss else torch.zeros(())
-    return loss, objective + penalty if run.kss else objective, penalty
-
-
-def _clip(run: _Run) -> Tensor:
-    """Clip the gradient; its norm before that."""
-    return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_norm or math.inf)
-
-
-def _climb(run: _Run, batch: Tensor) -> None:
-    """The gradient at SAM's second point, clipped as the first."""
-    _losses(run, _forward(run, batch), batch)[1].backward()
-    _clip(run)
+def losses(model: nn.Module, batch: Tensor, config: RunConfig, z_loss: float | Tensor, device: str,
+           probe: bool) -> tuple[Tensor, Tensor, probes.Readings]:
+    """The task loss of a model on a batch, the same with its z-loss, and the readings of the forward pass."""
+    with probes.watch(model) if probe else contextlib.nullcontext({}) as readings, autocast(config, device):
+        logits = model(batch[:, :-1])
+    return *loss_terms(*scored(config, logits, batch), z_loss), readings
 
 
 def _blow_up(config: RunConfig, loss: float, gradient_norm: float) -> str | None:
@@ -316,7 +391,8 @@ def _read_spectra(curves: dict[str, list], step: int, model: nn.Module, batch: T
                 curves[metric + where].append(float(values[metric]))
 
 
-def _pattern(model: nn.Module, tokens_1xT: Tensor, config: RunConfig, device: str) -> list[list[float]]:
+def pattern(model: nn.Module, tokens_1xT: Tensor, config: RunConfig, device: str) -> Tensor:
+    """The attention pattern [T, T] of block 0, head 0."""
     with probes.watch_pattern(model) as patterns, torch.no_grad(), _eval_mode(model), autocast(config, device):
         model(tokens_1xT)
-    return patterns[0].tolist()
+    return patterns[0]
