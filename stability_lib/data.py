@@ -223,7 +223,8 @@ def _byte_pairs(name: str, digest: str | None, vocab_size: int) -> Tokens:
     return Tokens(name, train, valid, tokenizer.get_vocab_size())
 
 
-def _text(config: RunConfig) -> Tokens:
+def text(config: RunConfig) -> Tokens:
+    """The text of a run, in the symbols of its tokenizer."""
     config = config if config.data_digest else pin(config)
     if config.tokenizer == "bytes":
         return load(config.data, config.data_digest)
@@ -267,7 +268,7 @@ def vocab_size(config: RunConfig) -> int:
         return config.vocab_size or RECALL_SYMBOLS
     if config.data == "digits":
         return 10
-    symbols = _text(config).vocab_size
+    symbols = text(config).vocab_size
     if config.vocab_size is not None and config.vocab_size < symbols:
         raise ValueError(f"vocab_size {config.vocab_size} is below the {symbols} symbols of {config.data!r}: "
                          f"choose None or at least {symbols}")
@@ -281,9 +282,17 @@ def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
     if config.data == "digits":
         images = _digits()[0]
         return images[torch.randint(len(images), (config.batch_size,), generator=generator)]
-    tokens = _text(config).train
-    start = torch.randint(len(tokens) - config.seq_len, (config.batch_size, 1), generator=generator)
-    return tokens[start + torch.arange(config.seq_len + 1)].long()
+    return cut(text(config).train, starts(config, generator), config)
+
+
+def starts(config: RunConfig, generator: torch.Generator) -> Tensor:
+    """Where the sequences of one training batch begin in a text, int64 [B, 1]."""
+    return torch.randint(len(text(config).train) - config.seq_len, (config.batch_size, 1), generator=generator)
+
+
+def cut(tokens: Tensor, start: Tensor, config: RunConfig) -> Tensor:
+    """The sequences that begin at `start` [..., 1], int64 [..., T + 1], where the tokens are."""
+    return tokens[start + torch.arange(config.seq_len + 1, device=tokens.device)].long()
 
 
 def validation(config: RunConfig) -> Tensor:
@@ -299,11 +308,11 @@ def validation(config: RunConfig) -> Tensor:
             raise DataError(f"digits are {len(images)} validation images of {images.shape[1] - 1} pixels: set seq_len "
                             f"to {images.shape[1] - 1} and eval_sequences to at most {len(images)}")
         return images[: config.eval_sequences]
-    text = _text(config)
-    if len(text.train) <= config.seq_len:
-        raise DataError(f"the training part of {config.data!r} holds {len(text.train)} tokens, and a sequence needs "
+    source = text(config)
+    if len(source.train) <= config.seq_len:
+        raise DataError(f"the training part of {config.data!r} holds {len(source.train)} tokens, and a sequence needs "
                         f"{config.seq_len + 1}: lower seq_len or choose a longer text")
-    tokens = text.valid
+    tokens = source.valid
     room, wanted = len(tokens) // (config.seq_len + 1), max(config.batch_size, config.eval_sequences)
     if room < wanted:
         raise DataError(f"the validation part of {config.data!r} holds {room} sequences of {config.seq_len + 1} "

@@ -120,6 +120,8 @@ class Replicas:
         self.config, self.device = configs[0], device
         self.runs = self._all = [train.Run(config) for config in configs]
         self._ended: dict[train.Run, Tensor] = {}
+        text = self.config.data not in ("recall", "digits")
+        self._tokens = data.text(self.config).train.to(device) if text else None
         weights, self._groups = [], []
         for config in configs:
             model = models.build(config, vocab)
@@ -144,6 +146,13 @@ class Replicas:
         named = {name: part.unflatten(1, shape) if shape else part.squeeze(1)
                  for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
         return vmap(lambda weights, *given: functional_call(self._host, weights, (function, *given)))(named, *inputs)
+
+    def draw(self) -> Tensor:
+        """The next training batch of each, as `data.sample` gives it; texts are cut on the device, all at once."""
+        if self._tokens is None:
+            return torch.stack([data.sample(self.config, run.batch_order) for run in self.runs]).to(self.device)
+        start_RxBx1 = torch.stack([data.starts(self.config, run.batch_order) for run in self.runs]).to(self.device)
+        return data.cut(self._tokens, start_RxBx1, self.config)
 
     def evaluate(self, windows: Tensor) -> list[list[float]]:
         """Of all replicas, also those that have ended."""

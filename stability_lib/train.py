@@ -228,6 +228,10 @@ class Single:
         self.optimizer = optim.build(self.model, config)
         self.kss = shaping.attach(self.model, config)
 
+    def draw(self) -> Tensor:
+        """The next training batch."""
+        return data.sample(self.config, self.runs[0].batch_order).to(self.device).unsqueeze(0)
+
     def evaluate(self, windows: Tensor) -> list[tuple[float, float]]:
         return [evaluate(self.model, windows, self.config, self.device)]
 
@@ -300,7 +304,7 @@ def train_runs(learner, windows: Tensor, started: float) -> list[RunResult]:
     to_map = set(np.linspace(0, config.steps - 1, config.attention_maps).round().astype(int).tolist())
     at_start = learner.evaluate(windows)
     for step in range(config.steps):
-        batch = torch.stack([data.sample(run.config, run.batch_order) for run in learner.runs]).to(learner.device)
+        batch = learner.draw()
         if step in to_map:
             seen = learner.patterns(windows[:1, :-1].to(learner.device)).tolist()
             for run, pattern_TxT in zip(learner.runs, seen, strict=True):

@@ -100,7 +100,7 @@ def test_attention_is_one_fused_call_for_all_replicas(tiny, monkeypatch, precisi
 def test_a_step_waits_for_the_device_once(tiny, monkeypatch):
     configs = [replace(tiny, seed=seed) for seed in range(3)]
     learner = replicas.Replicas(configs, data.vocab_size(tiny), "cpu")
-    batch = torch.stack([data.sample(run.config, run.batch_order) for run in learner.runs])
+    batch = learner.draw()
     waits = []
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
         def noted(tensor, name=name, real=getattr(torch.Tensor, name)):  # noqa: B008
