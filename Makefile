@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 CLEAN_RUNS := STABILITY_LIB_HEADLESS=1 STABILITY_LIB_RUNS=$$(mktemp -d)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help reproduce test lab reference promote notebooks audit benchmark lock clean
+.PHONY: help reproduce test lab reference promote notebooks audit benchmark gpu-check lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 reproduce: $(VENV)/ready  ## train every notebook from scratch at scale quick; executed notebooks and report.html in reports/quick
 	$(BIN)/python -m stability_lib reproduce --scale quick --recompute all
@@ -40,6 +40,10 @@ benchmark: $(VENV)/ready-test  ## measure training, probes, spectral profile and
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/koopman.py
 	$(BIN)/python benchmarks/shaping.py
+
+gpu-check: $(VENV)/ready-test  ## on a machine with a CUDA device: the tests of it, then the replica benchmark (docs/gpu.md)
+	$(CLEAN_RUNS) $(BIN)/python -m pytest -m gpu -W default tests/test_gpu.py
+	$(BIN)/python benchmarks/replicas.py --device cuda --seconds 75
 
 lock: $(VENV)/ready-test  ## write requirements.lock from what is installed in $(VENV)
 	$(BIN)/python -m pip freeze --all --exclude-editable > $(VENV)/frozen

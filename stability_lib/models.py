@@ -121,7 +121,7 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
     `mup_full` starts with zero queries.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds every GPU too
         model = (Decoder if config.causal else VisionTransformer)(config, vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
     if config.reparametrization != "none":
         wrap = getattr(nn.utils.parametrizations, config.reparametrization)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds every GPU too
             for module in [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]:
                 wrap(module)
     return model
