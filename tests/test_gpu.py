@@ -233,7 +233,7 @@ def test_a_model_is_profiled_where_it_lies(device, snapshots):
     {"penalty": "random_l2"}, {"penalty": "activation_variance"}, {"penalty": "residual_norm"},
     {"penalty": "jacobian"}], ids=str)
 def test_the_gradient_of_shaping_is_that_of_the_cpu(device, settings):
-    settings = shaping.Settings(**{"alpha": 5, "every": 1, "layer_share": 1, "rank": 16, "tau_u": 0.8} | settings)
+    settings = shaping.Settings(**{"alpha": 5, "every": 1, "layer_share": 1, "rank": 16, "tau_u": 0.8, "tau_l": 0.7} | settings)
     found = []
     for where, dtype in ((device, torch.float32), ("cpu", torch.float64)):
         model, batch = built(SMALL, where, dtype)
@@ -347,7 +347,7 @@ def test_a_step_waits_for_the_device_once(device, together, most):
         for step in (2, 3):  # the first pays for what is made once
             batch = learner.draw()
             with waits_for(device) as waits:
-                train._step(learner, step, batch)
+                train.take_step(learner, step, batch)
     assert 1 <= len(waits) <= (most if device == "cuda" else 1), waits
 
 
