@@ -277,8 +277,8 @@ def test_a_cluster_serves_also_after_an_interrupt_and_remembers_no_run(client, s
 @pytest.mark.slow
 def test_a_run_that_fails_on_a_worker_is_named_and_the_cluster_goes_on(client, store):
     first, second = client.nthreads()
-    with changed(client, first, "stability_lib.train:_train", "no function"):
-        with changed(client, second, "stability_lib.train:_train", "no function"):
+    with changed(client, first, "stability_lib.train:train_runs", "no function"):
+        with changed(client, second, "stability_lib.train:train_runs", "no function"):
             with pytest.raises(RuntimeError, match=r"the run \{.*\} failed with TypeError: 'str'") as caught:
                 runs.ensure(THREE, store, cluster=address(client))
     assert not isinstance(caught.value, ClusterError)

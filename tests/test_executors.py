@@ -136,7 +136,7 @@ class Foreign(Serial):
     (lambda row: row | {"schema": 2}, rf"schema 2, key .* and this process .* \(schema {SCHEMA},"),
     (lambda row: row | {"key": "0" * 16}, "key 0{16}"),
     (lambda row: row | {"provenance": row["provenance"] | {"stability_lib": "0.0.9"}},
-     rf"a worker has stability_lib 0\.0\.9 .* and this process {runs.__version__},"),
+     rf"a worker has stability_lib 0\.0\.9, commit .* and this process {runs.__version__},"),
     (lambda row: row | {"config": row["config"] | {"lr": 0.5}}, "config does not belong to the key"),
     (lambda row: row | {"config": {"lr_decay": 0.5}}, "unknown field 'lr_decay'"),
     (lambda row: row | {"loss_final": "low"}, "loss_final"), (lambda row: row | {"loss_final": math.nan}, "no run"),
