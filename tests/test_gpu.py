@@ -233,7 +233,8 @@ def test_a_model_is_profiled_where_it_lies(device, snapshots):
     {"penalty": "random_l2"}, {"penalty": "activation_variance"}, {"penalty": "residual_norm"},
     {"penalty": "jacobian"}], ids=str)
 def test_the_gradient_of_shaping_is_that_of_the_cpu(device, settings):
-    settings = shaping.Settings(**{"alpha": 5, "every": 1, "layer_share": 1, "rank": 16, "tau_u": 0.8, "tau_l": 0.7} | settings)
+    defaults = {"alpha": 5, "every": 1, "layer_share": 1, "rank": 16, "tau_u": 0.8, "tau_l": 0.7}
+    settings = shaping.Settings(**defaults | settings)
     found = []
     for where, dtype in ((device, torch.float32), ("cpu", torch.float64)):
         model, batch = built(SMALL, where, dtype)
