@@ -1,6 +1,7 @@
 """Spectral shaping in the training loop of Hugging Face's `Trainer`: see `shaping.trainer_callback`."""
 
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ class ShapingCallback(TrainerCallback):
     """Adds the penalty to the loss that the model returns.
 
     An interrupted `train()` tells its callbacks nothing. So the hooks are on the model only from the beginning of a
-    step, or of a further micro-batch, to its backward pass; and a forward pass that finds that the one before it never
-    came to its end takes them off.
+    step, or of a further micro-batch, to its backward pass; and a forward pass takes them off that finds itself outside
+    of a training step, or that the one before it never came to its end.
     """
 
     def __init__(self, settings=None, layers=None, positions=None):
@@ -102,7 +103,7 @@ class ShapingCallback(TrainerCallback):
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         if module.training and torch.is_grad_enabled():
-            if self._inside:
+            if self._inside or not _in_training_step():
                 self._stop()
             self._inside = True
 
@@ -124,3 +125,11 @@ class ShapingCallback(TrainerCallback):
     def _reached(self, gradient: torch.Tensor) -> None:
         self._unused = False
         self._stop()
+
+
+def _in_training_step() -> bool:
+    """Whether `Trainer.training_step`, or what overrides it, has called what runs now."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "training_step":
+        frame = frame.f_back
+    return frame is not None
