@@ -32,10 +32,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from .config import unknown
-from .profiles import METRICS as METRICS
-from .profiles import PAPER, LayerProfile, Profile, Thresholds
-from .profiles import draw_depth as draw_depth
-from .profiles import draw_eigenvalues as draw_eigenvalues
+from .profiles import METRICS, PAPER, LayerProfile, Profile, Thresholds, draw_depth, draw_eigenvalues  # noqa: F401
 from .stream import ProfileError, features_last, input_states, residual_layers, stream_states, token_mask, unwrapped
 
 SMALL = 1e-12
@@ -116,7 +113,7 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     n, width = x.shape
     x, y = x - x.mean(0), y - y.mean(0)
     if rank is not None and rank < min(n, width):
-        basis_DxM = _leading_directions(x, rank, seed)
+        basis_DxM = _leading_directions(x, rank, seed, cutoff)
         x, y = x @ basis_DxM, y @ basis_DxM
 
     x_KxD, y_KxD = _compress(x, y)
@@ -301,13 +298,15 @@ def _factor(x_KxD: Tensor, cutoff: float, layer: int) -> tuple[Tensor, Tensor, T
     return nn.functional.pad(p[:, :modes], (0, 0, 0, k - len(p))), s, w_DxD, modes
 
 
-def _leading_directions(x_NxD: Tensor, rank: int, seed: int) -> Tensor:
-    """Orthonormal [D, rank] basis of the largest directions of X: randomized SVD, 10 vectors over, 2 power steps."""
+def _leading_directions(x_NxD: Tensor, rank: int, seed: int, cutoff: float) -> Tensor:
+    """Orthonormal [D, up to rank] basis of the largest directions of X: randomized SVD, 10 vectors over, 2 power steps.
+    Directions that X does not have would be random ones."""
     sketch = torch.randn(x_NxD.shape[1], min(rank + 10, *x_NxD.shape), dtype=x_NxD.dtype,
                          generator=torch.Generator().manual_seed(seed)).to(x_NxD.device)
     for _ in range(3):
         sketch = torch.linalg.qr(x_NxD.T @ torch.linalg.qr(x_NxD @ sketch)[0])[0]
-    return sketch @ torch.linalg.svd(x_NxD @ sketch, full_matrices=False)[2].T[:, :rank]
+    sizes, axes = torch.linalg.svd(x_NxD @ sketch, full_matrices=False)[1:]
+    return sketch @ axes.T[:, :max(1, min(rank, int((sizes > cutoff).sum())))]
 
 
 @functools.cache
@@ -399,11 +398,10 @@ def _call(model: nn.Module, batch) -> tuple[tuple, dict]:
     """Positional and keyword arguments of a batch, on the model's device."""
     args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    if args and all(isinstance(value, (int, float)) for value in args):
-        raise ProfileError(f"inputs hold numbers, not tensors, such as {args[0]!r}: wrap them in torch.as_tensor")
     for name, value in [*enumerate(args), *kwargs.items()]:
         listed = isinstance(value, list) and not all(isinstance(part, Tensor) for part in value)
-        other = not isinstance(value, Tensor) if value is batch else isinstance(value, (str, bytes, np.ndarray))
+        refused = (str, bytes, np.ndarray, int, float) if isinstance(batch, list) else (str, bytes, np.ndarray)
+        other = not isinstance(value, Tensor) if value is batch else isinstance(value, refused)
         if listed or other:
             raise ProfileError(f"argument {name!r} of the model is of type {type(value).__name__}: pass tensors, as "
                                'torch.as_tensor or a tokenizer with return_tensors="pt" makes them')

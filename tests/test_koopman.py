@@ -662,3 +662,16 @@ def test_figures_draw_every_layer(tiny):
     assert koopman.draw_eigenvalues(left, found) is left and koopman.draw_depth(right, found) is right
     assert len(left.collections) == len(found.layers) and len(right.lines) == 3
     plt.close("all")
+
+
+def test_a_rank_above_the_modes_of_the_states_adds_no_random_directions():
+    """X spans 6 of 20 directions, Y all of them: the profile is that of the 6, in whatever order the states come."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 20))
+    y = x @ rng.normal(size=(20, 20)) / 4 + rng.normal(size=(200, 20))
+    found = [layer_profile(x[rows], y[rows], rank=rank) for rows, rank in (
+        (slice(None), 6), (slice(None), 12), (rng.permutation(200), 12))]
+    assert [layer.modes for layer in found] == [6, 6, 6]
+    for layer in found[1:]:
+        assert layer.nonlinearity == pytest.approx(found[0].nonlinearity, rel=1e-6)
+        assert layer.spectral_radius == pytest.approx(found[0].spectral_radius, rel=1e-6)

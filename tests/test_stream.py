@@ -322,5 +322,5 @@ def test_options_of_a_profile_are_checked(options, message):
 
 
 def test_numbers_that_are_no_tensors_are_refused():
-    with pytest.raises(ProfileError, match=r"wrap them in torch\.as_tensor"):
+    with pytest.raises(ProfileError, match=r"of type int: pass tensors, as torch\.as_tensor"):
         koopman.profile(Hides(), [[1, 2], [3, 4]])
