@@ -19,8 +19,10 @@ from collections.abc import Iterable, Mapping
 SCHEMA = 1
 """Raise it when the same config starts to mean another computation; old keys then no longer match."""
 
-TEXTS = ("shakespeare", "wikitext103", "c4")
-SOURCES = (*TEXTS, "recall", "digits")
+TEXTS = ("shakespeare", "wikitext103", "openwebtext", "c4")
+MADE_UP = ("recall", "synthetic_lm")
+IMAGES = ("digits", "mnist", "cifar10")
+SOURCES = (*TEXTS, *MADE_UP, *IMAGES)
 """The values of `data` that are names; any other is the path of a user's own text."""
 
 CHOICES = {
@@ -28,12 +30,15 @@ CHOICES = {
     "positions": ("rotary", "learned"),
     "init": ("fan_in", "gpt2", "pytorch", "xavier"),
     "qk_norm": ("none", "head", "model"),
+    "mixer": ("attention", "mamba"),
+    "mlp": ("gelu", "moe", "kan"),
     "attention": ("softmax", "squared_relu"),
     "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
     "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
     "optimizer": ("adamw", "lion", "lamb"),
     "decay": ("independent", "pytorch"),
     "tokenizer": ("bytes", "bpe"),
+    "pooling": ("mean", "class_token"),
     "precision": ("fp32", "bf16"),
     "residual": ("plain", "scaled", "rezero"),
     "reparametrization": ("none", "spectral_norm", "weight_norm"),
@@ -45,7 +50,7 @@ CHOICES = {
 }
 _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
                 "probe_every", "attention_maps", "beta1", "beta2", "spectra_every", "gradient_penalty", "sam_rho",
-                "shaping_alpha", "shaping_beta"}
+                "shaping_alpha", "shaping_beta", "load_balance"}
 _AT_MOST = {"d_model": 2**20, "base_width": 2**20, "n_layers": 10_000, "steps": 10**8, "lr": 1e30,
             "weight_decay": 100.0}
 """Beyond it a run takes years, or a product of these leaves the range of fp32."""
@@ -86,8 +91,30 @@ class RunConfig:
     n_layers: int = 3
     n_heads: int = 4
     mlp_ratio: int = 4
+    mixer: str = "attention"
+    """How positions exchange information. `mamba`: a selective state space (Gu and Dao 2023) in place of attention and
+    MLP both, one sublayer a block (paper K, Tables 11 and 17)."""
+    state_size: int = 16
+    """Numbers of state a channel of `mamba` has; it, too, alone uses the next two."""
+    conv_width: int = 4
+    """Positions that the causal convolution before the state space sees."""
+    expansion: int = 2
+    """Channels of the state space are `expansion` times d_model."""
+    mlp: str = "gelu"
+    """`moe`: a mixture of GELU MLPs (paper K, Tables 11 and 16). `kan`: two Kolmogorov-Arnold layers of B-splines
+    (Tables 11 and 18)."""
+    experts: int = 8
+    top_k: int = 2
+    """Experts that a token of `moe` is sent to."""
+    load_balance: float = 0.01
+    """Weight of the loss of `moe` that spreads tokens over experts evenly; at its least that loss is 1."""
+    grid_size: int = 4
+    """B, intervals of the grid of each spline of `kan`."""
+    spline_order: int = 3
     patch_size: int = 2
     """Side of the square patches of an image, in pixels; text pays no attention to it."""
+    pooling: str = "mean"
+    """What a Vision Transformer classifies by: the mean over patches, or a trained token in front of them."""
     norm: str = "pre_ln"
     """What is normalised where (paper K, Sec. 5.1), with f a sublayer: `pre_ln` x + f(LN x); `rmsnorm`
     x + f(RMSNorm x); `post_ln` LN(x + f(x)); `deepnorm` LN(a x + f(x)) and `deepnorm_pre` a x + f(LN x), with
@@ -209,6 +236,17 @@ class RunConfig:
         if self.data == "digits" and self.vocab_size is not None:
             raise ValueError(f"vocab_size {self.vocab_size} is for text and recall, and digits have 10 classes: choose "
                              "None")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} exceeds the {self.experts} experts: choose at most {self.experts}")
+        for name, other in (("mixer", "attention"), ("mlp", "gelu")):
+            for field, plain in (("parametrization", "standard"), ("reparametrization", "none"), ("norm", "pre_ln")):
+                if getattr(self, name) != other and getattr(self, field) != plain and (
+                        field != "norm" or self.norm == "subln"):
+                    raise ValueError(f"{field} {getattr(self, field)!r} is not worked out for {name} "
+                                     f"{getattr(self, name)!r}: choose {field} {plain!r}, or {name} {other!r}")
+        if self.mixer == "mamba" and (self.mlp != "gelu" or self.attention_maps or not self.causal):
+            raise ValueError("a block of mixer 'mamba' has neither MLP nor attention, and sees only what came before: "
+                             "choose mlp 'gelu', attention_maps 0, and no images")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}: shorten the warm-up")
         if max(self.beta1, self.beta2) >= 1:
@@ -228,12 +266,17 @@ class RunConfig:
     @property
     def scored_positions(self) -> int:
         """At how many positions, counted from the end of a sequence, the prediction enters the loss."""
-        return 1 if self.data in ("recall", "digits") else self.seq_len
+        return 1 if self.data == "recall" or not self.causal else self.seq_len
 
     @property
     def causal(self) -> bool:
         """Whether a position sees only itself and those before it; those of an image see each other."""
-        return self.data != "digits"
+        return self.data not in IMAGES
+
+    @property
+    def textual(self) -> bool:
+        """Whether `data` is a text, cut into sequences."""
+        return self.data not in MADE_UP + IMAGES
 
     @property
     def length(self) -> int:

@@ -262,7 +262,7 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
 
 def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
-    if config.tokenizer != "bytes" and config.data in ("recall", "digits"):
+    if config.tokenizer != "bytes" and not config.textual:
         raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
     if config.data == "recall":
         return config.vocab_size or RECALL_SYMBOLS

@@ -17,8 +17,13 @@ from .config import RunConfig
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
+SUBLAYERS = {"attention": Attention, "gelu": MLP}
+"""By the values of `config.mixer` and `config.mlp`. One whose weights are not all in linear layers has
+`initialise_(draw)`: draw(weight [out, in]) fills a matrix as `config.init` says."""
+
+
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream the way `config.norm` says.
+    """Attention, then MLP, or a state space alone, each added to the residual stream the way `config.norm` says.
 
     The one place that knows the wiring: the stream, times a gain, plus a sublayer of the normalised or plain stream,
     normalised afterwards or not.
@@ -26,10 +31,11 @@ class Block(nn.Module):
 
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.attention_norm = stream_norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = stream_norm(config)
-        self.mlp = MLP(config)
+        kinds = {"attention": config.mixer, "mlp": config.mlp} if config.mixer == "attention" else {"mamba": "mamba"}
+        for name, kind in kinds.items():
+            self.add_module(f"{name}_norm", stream_norm(config))
+            self.add_module(name, SUBLAYERS[kind](config))
+        self.sublayers = tuple(kinds)
         self.gain = config.residual_gain
         self.norm_after = normalises_after(config)
         self.gates = [1 / math.sqrt(2 * config.n_layers) if config.residual == "scaled" else 1.0] * 2
@@ -37,8 +43,9 @@ class Block(nn.Module):
             self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(2))
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
-        x_BxTxD = self._add(x_BxTxD, self.attention_norm, self.attention, self.gates[0])
-        return self._add(x_BxTxD, self.mlp_norm, self.mlp, self.gates[1])
+        for name, gate in zip(self.sublayers, self.gates, strict=False):
+            x_BxTxD = self._add(x_BxTxD, getattr(self, f"{name}_norm"), getattr(self, name), gate)
+        return x_BxTxD
 
     def _add(self, x_BxTxD: Tensor, norm: nn.Module, sublayer: nn.Module, gate: float | Tensor) -> Tensor:
         kept = x_BxTxD if self.gain == 1 else self.gain * x_BxTxD
@@ -89,11 +96,18 @@ class Decoder(nn.Module):
         if self.positions is not None:
             found["positions"] = read(self.positions.weight)
         for i, block in enumerate(self.blocks):
-            found |= {f"block{i}.{part}": rows
-                      for part, rows in zip("qkv", matrix(block.attention.qkv).chunk(3), strict=True)}
-            found[f"block{i}.out"] = matrix(block.attention.out)
-            found[f"block{i}.mlp_up"] = matrix(block.mlp.up)
-            found[f"block{i}.mlp_down"] = matrix(block.mlp.down)
+            for name in block.sublayers:
+                sublayer = getattr(block, name)
+                if isinstance(sublayer, Attention):
+                    found |= {f"block{i}.{part}": rows
+                              for part, rows in zip("qkv", matrix(sublayer.qkv).chunk(3), strict=True)}
+                    found[f"block{i}.out"] = matrix(sublayer.out)
+                elif isinstance(sublayer, MLP):
+                    found[f"block{i}.mlp_up"] = matrix(sublayer.up)
+                    found[f"block{i}.mlp_down"] = matrix(sublayer.down)
+                else:
+                    found |= {f"block{i}.{name}_{part.removesuffix('.weight')}": read(weight)
+                              for part, weight in sublayer.named_parameters() if weight.ndim > 1}
         return found | {"head": read(self.head.weight)}
 
 
@@ -128,6 +142,8 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
         for module in model.modules():
             if config.init != "pytorch" and isinstance(module, (nn.Linear, nn.Embedding)):
                 _initialise_(module, config, generator)
+            elif hasattr(module, "initialise_"):
+                module.initialise_(lambda weight: _draw_(weight, config, generator))
         if config.parametrization in ("mup_intermediate", "mup_full"):
             model.head.weight.mul_(math.sqrt(config.base_width / config.d_model))
         if config.parametrization == "mup_full":
@@ -143,17 +159,25 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
 
 
 def _initialise_(module: nn.Linear | nn.Embedding, config: RunConfig, generator: torch.Generator) -> None:
-    embedding = isinstance(module, nn.Embedding)
-    if config.init == "gpt2" or (config.init == "xavier" and embedding):
-        module.weight.normal_(0, 0.02, generator=generator)
-    elif config.init == "xavier":
-        nn.init.xavier_uniform_(module.weight, generator=generator)
-    elif embedding:
-        module.weight.normal_(0, 1 / math.sqrt(config.d_model), generator=generator)
+    if isinstance(module, nn.Linear):
+        _draw_(module.weight, config, generator)
     else:
-        _truncated_normal_(module.weight, 1 / math.sqrt(module.in_features), generator)
+        std = 0.02 if config.init in ("gpt2", "xavier") else 1 / math.sqrt(config.d_model)
+        module.weight.normal_(0, std, generator=generator)
     if getattr(module, "bias", None) is not None:
         module.bias.zero_()
+
+
+def _draw_(weight: Tensor, config: RunConfig, generator: torch.Generator) -> None:
+    """Fill a linear map [out, in]; under `pytorch` as `nn.Linear` does."""
+    if config.init == "gpt2":
+        weight.normal_(0, 0.02, generator=generator)
+    elif config.init == "xavier":
+        nn.init.xavier_uniform_(weight, generator=generator)
+    elif config.init == "pytorch":
+        nn.init.kaiming_uniform_(weight, math.sqrt(5), generator=generator)
+    else:
+        _truncated_normal_(weight, 1 / math.sqrt(weight.shape[1]), generator)
 
 
 def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -> None:
@@ -163,7 +187,10 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 
 def n_params(config: RunConfig) -> int:
     """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%) and
-    learned positions: so a size has one N with and without qk-norm."""
+    learned positions: so a size has one N with and without qk-norm. Of `moe` all experts count."""
+    if (config.mixer, config.mlp) != ("attention", "gelu"):
+        with torch.device("meta"):
+            return config.n_layers * sum(p.numel() for p in Block(config).parameters() if p.ndim > 1)
     return config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2
 
 

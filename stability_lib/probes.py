@@ -36,7 +36,8 @@ def watch(model: nn.Module) -> Iterator[Readings]:
     readings: Readings = {}
     hooks = [model.head.register_forward_hook(_read_head(readings))]
     for i, block in enumerate(model.blocks):
-        hooks.append(block.attention.core.register_forward_hook(_read_attention(readings, f"block{i}")))
+        if "attention" in block.sublayers:
+            hooks.append(block.attention.core.register_forward_hook(_read_attention(readings, f"block{i}")))
         hooks.append(block.register_forward_hook(_read_output(readings, f"block{i}")))
     try:
         with _eager(model):

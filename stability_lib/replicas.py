@@ -25,7 +25,7 @@ NUMBERS = {"seed": 0, "lr": 1e-9, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0
            "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
 """In what replicas may differ, with a value that stands for all; also in `z_loss`, where all have one or none has."""
 ALONE = {"optimizer": "adamw", "sam_rho": 0.0, "gradient_penalty": 0.0, "shaping": "none", "spectra_every": 0,
-         "reparametrization": "none"}
+         "reparametrization": "none", "mixer": "attention", "mlp": "gelu"}
 """A run with another value than these trains by itself."""
 LIMIT = 180.0
 """Seconds a batch of replicas may take, by an estimate: a killed process loses no more than that."""
@@ -137,8 +137,7 @@ class Replicas:
         self.config, self.device = configs[0], device
         self.runs = self._all = [train.Run(config) for config in configs]
         self._ended: dict[train.Run, Tensor] = {}
-        text = self.config.data not in ("recall", "digits")
-        self._tokens = data.text(self.config).train.to(device) if text else None
+        self._tokens = data.text(self.config).train.to(device) if self.config.textual else None
         weights, self._groups = [], []
         for config in configs:
             model = models.build(config, vocab)

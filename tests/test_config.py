@@ -32,7 +32,9 @@ DEFAULTS = {
     "tokenizer": "bytes", "patch_size": 2, "optimizer": "adamw", "residual": "plain", "reparametrization": "none",
     "gradient_penalty": 0.0, "sam_rho": 0.0, "shaping": "none", "shaping_alpha": 0.15, "shaping_every": 10,
     "shaping_beta": 1.0, "shaping_dmd": "pod", "shaping_gradient": "both", "shaping_reduction": "sum",
-    "spectra_every": 0, "spectra_kreiss": False, "data_digest": None,
+    "spectra_every": 0, "spectra_kreiss": False, "data_digest": None, "mixer": "attention", "state_size": 16,
+    "conv_width": 4, "expansion": 2, "mlp": "gelu", "experts": 8, "top_k": 2, "load_balance": 0.01, "grid_size": 4,
+    "spline_order": 3, "pooling": "mean",
 }
 """Stored keys leave defaults out, so a changed default would give old results to another computation."""
 
@@ -48,7 +50,8 @@ OTHER = {
     "reparametrization": "weight_norm", "gradient_penalty": 0.1, "sam_rho": 0.05, "shaping": "kss",
     "shaping_alpha": 5.0, "shaping_every": 1, "shaping_beta": 10.0, "shaping_dmd": "random",
     "shaping_gradient": "input", "shaping_reduction": "mean", "spectra_every": 5,
-    "spectra_kreiss": True,
+    "spectra_kreiss": True, "mixer": "mamba", "state_size": 8, "conv_width": 2, "expansion": 1, "mlp": "moe",
+    "experts": 4, "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2, "pooling": "class_token",
 }
 
 
@@ -105,7 +108,7 @@ def test_a_field_added_later_with_a_default_keeps_old_keys():
 
 
 def test_the_key_does_not_depend_on_the_order_of_fields():
-    names = list(OTHER)
+    names = [name for name in OTHER if name not in ("mixer", "mlp")]  # they exclude others
     keys = set()
     for seed in range(5):
         random.Random(seed).shuffle(names)
@@ -137,7 +140,7 @@ def test_equal_values_of_other_types_have_the_same_key(plain, same):
 @given(st.fixed_dictionaries({}, optional={
     "seed": st.integers(0, 2**31), "lr": st.floats(1e-8, 1e3), "weight_decay": st.floats(0, 1),
     "clip_norm": st.none() | st.floats(1e-3, 1e3), "z_loss": st.floats(0, 1),
-    **{name: st.sampled_from(values) for name, values in CHOICES.items()}}))
+    **{name: st.sampled_from(values) for name, values in CHOICES.items() if name not in ("mixer", "mlp")}}))
 def test_the_fields_that_differ_from_the_default_give_the_config_back(changes):
     config = RunConfig(**changes)
     assert from_dict(non_default(config)) == config

@@ -528,7 +528,7 @@ def test_a_damaged_saved_dataset_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "no/such.txt", "a\0b", "/dev/null", "x" * 10])
 def test_a_name_that_is_no_path_is_named_with_what_can_be_chosen(tiny, name):
-    with pytest.raises(ValueError, match=r"unknown data source .*digits or the path of a text file or folder"):
+    with pytest.raises(ValueError, match=r"unknown data source .*cifar10 or the path of a text file or folder"):
         train_run(replace(tiny, data=name))
 
 

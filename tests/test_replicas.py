@@ -167,7 +167,8 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
               "spectra_every": 2, "spectra_kreiss": True, "biases": True, "probe_every": 3, "z_loss": 0.0, "steps": 7,
               "recall_pairs": 2, "eval_sequences": 9, "batch_size": 5, "mlp_ratio": 2, "rope_base": 10.0,
               "layernorm_eps": 1e-5, "gradient_penalty": 0.1, "sam_rho": 0.1, "shaping_alpha": 2.0,
-              "shaping_every": 3, "shaping_beta": 2.0}
+              "shaping_every": 3, "shaping_beta": 2.0, "state_size": 8, "conv_width": 2, "expansion": 1, "experts": 4,
+              "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2}
     fields = {f.name for f in dataclasses.fields(RunConfig)} - {*replicas.NUMBERS}
     assert fields == {*other}
     base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300)}
