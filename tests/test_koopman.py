@@ -108,10 +108,9 @@ def test_the_more_nonlinear_a_layer_the_fewer_its_reliable_modes():
 def test_a_branch_that_adds_less_has_more_reliable_modes_at_the_same_nonlinearity():
     """Yt - Xt is the branch alone, so eta does not see its size; residuals relate it to the stream."""
     x, branch = torch.randn(1000, 8, dtype=torch.float64), kan_layer(8, 1.0)
-    found = [layer_profile(x, x + size * branch(x).detach(), kreiss=False) for size in (0.1, 1.0, 10.0)]
-    for layer in found:
-        assert layer.nonlinearity == pytest.approx(found[1].nonlinearity, rel=1e-6)
-    assert found[0].reliable_share == 1.0 > found[1].reliable_share > found[2].reliable_share == 0.0
+    found = [layer_profile(x, x + size * branch(x).detach(), kreiss=False) for size in (0.1, 10.0)]
+    assert found[0].nonlinearity == pytest.approx(found[1].nonlinearity, rel=1e-6) and found[0].nonlinearity > 0.3
+    assert [layer.reliable_share for layer in found] == [1.0, 0.0]
 
 
 def test_whitening_is_a_similarity_so_eigenvalues_are_those_of_plain_dmd():
