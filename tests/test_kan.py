@@ -103,15 +103,16 @@ def test_a_layer_is_pykans(grid, order):
     ours = KANLayer(6, 4, grid, order).double()
     with torch.no_grad():
         ours.base.copy_(theirs.scale_base.T)
+        theirs.grid.copy_(torch.tensor(knots(grid, order)))  # it was rounded to fp32
         scaled_IxOxS = theirs.coef * theirs.scale_sp[..., None]
         ours.spline.copy_(scaled_IxOxS.permute(1, 2, 0).flatten(1))
     x = 1.5 * torch.randn(200, 6, dtype=torch.float64)
     mine, yours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.testing.assert_close(ours(mine), theirs(yours)[0], atol=1e-6, rtol=1e-6)  # their grid is rounded to fp32
+    torch.testing.assert_close(ours(mine), theirs(yours)[0], atol=1e-12, rtol=1e-12)
     ours(mine).square().sum().backward()
     theirs(yours)[0].square().sum().backward()
-    torch.testing.assert_close(mine.grad, yours.grad, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(ours.base.grad, theirs.scale_base.grad.T, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(mine.grad, yours.grad, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(ours.base.grad, theirs.scale_base.grad.T, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
