@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .blocks import MLP, Attention, stream_norm
 from .config import RunConfig
+from .kan import KAN
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
-SUBLAYERS = {"attention": Attention, "gelu": MLP}
+SUBLAYERS = {"attention": Attention, "gelu": MLP, "kan": KAN}
 """By the values of `config.mixer` and `config.mlp`. One whose weights are not all in linear layers has
 `initialise_(draw)`: draw(weight [out, in]) fills a matrix as `config.init` says."""
 
@@ -188,10 +189,11 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 def n_params(config: RunConfig) -> int:
     """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%) and
     learned positions: so a size has one N with and without qk-norm. Of `moe` all experts count."""
-    if (config.mixer, config.mlp) != ("attention", "gelu"):
+    if config.mixer != "attention" or config.mlp == "moe":
         with torch.device("meta"):
             return config.n_layers * sum(p.numel() for p in Block(config).parameters() if p.ndim > 1)
-    return config.n_layers * (4 + 2 * config.mlp_ratio) * config.d_model**2
+    edge = config.grid_size + config.spline_order + 1 if config.mlp == "kan" else 1
+    return config.n_layers * (4 + 2 * config.mlp_ratio * edge) * config.d_model**2
 
 
 def least_memory(config: RunConfig) -> int:
@@ -202,6 +204,8 @@ def least_memory(config: RunConfig) -> int:
     kept = config.n_layers * (4 + config.mlp_ratio) * config.d_model + config.scored_positions * vocab // config.seq_len
     if config.attention == "squared_relu":
         kept += config.n_layers * config.n_heads * config.length
+    if config.mlp == "kan":
+        kept += config.n_layers * (1 + config.mlp_ratio) * config.d_model * (config.grid_size + config.spline_order)
     sequences = (config.batch_size + config.eval_sequences) * (config.seq_len + 1)
     moments = 1 if config.optimizer == "lion" else 2
     return (4 * (2 + moments) * weights + number * config.batch_size * config.length * kept + 8 * sequences

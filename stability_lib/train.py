@@ -183,7 +183,8 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
         default = RunConfig()
         large = [f"{name} {getattr(config, name)}" for name in (
             "d_model", "n_layers", "mlp_ratio", "vocab_size", "batch_size", "seq_len", "eval_sequences",
-            "attention_maps") if (getattr(config, name) or 0) > (getattr(default, name) or 0)]
+            "grid_size", "spline_order", "attention_maps")
+                 if (getattr(config, name) or 0) > (getattr(default, name) or 0)]
         raise ValueError(f"the run needs at least {needed / 1e9:.3g} GB and {device} has {there / 1e9:.3g}: lower "
                          f"{', '.join(large) or 'batch_size'}")
     return data.vocab_size(config), data.validation(config)

@@ -34,6 +34,7 @@ from transformers import (
 
 from stability_lib import data, koopman, models
 from stability_lib.config import CHOICES, RunConfig, replace
+from stability_lib.kan import KANLayer
 from stability_lib.koopman import ProfileError, layer_profile, profile
 
 
@@ -75,6 +76,41 @@ def test_a_layers_profile_is_algorithm_1(noise):
     assert ours.near_unit_mass == np.mean((size >= 0.9) & (size <= 1.05))
     assert ours.expansive_mass == np.mean(size > 1.05) and ours.contractive_mass == np.mean(size < 0.8)
     assert ours.reliable_share == np.mean(written_out["residuals"] <= 0.1)
+
+
+def kan_layer(width: int, splines: float) -> KANLayer:
+    layer = KANLayer(width, width, 8, 3).double()
+    with torch.no_grad():
+        layer.initialise_(lambda weight: weight.normal_(0, 1 / math.sqrt(width),
+                                                        generator=torch.Generator().manual_seed(0)))
+        layer.spline.mul_(splines)
+    return layer
+
+
+def test_the_more_nonlinear_a_layer_the_fewer_its_reliable_modes():
+    """Residuals of eq. 10 and eta are Algorithm 1's for layers that no linear map describes, too."""
+    x = torch.randn(1000, 8, dtype=torch.float64)
+    matrix = torch.randn(8, 8, dtype=torch.float64) / 8
+    branches = [lambda x: x @ matrix.T, *(kan_layer(8, splines) for splines in (3, 30))]
+    found = []
+    for branch in branches:
+        y = x + 0.3 * branch(x).detach()
+        found.append(layer_profile(x, y, kreiss=False))
+        written_out = algorithm_1(x.numpy(), y.numpy())
+        assert found[-1].nonlinearity == pytest.approx(written_out["eta"], abs=1e-7)
+        np.testing.assert_allclose(np.sort(found[-1].residuals), np.sort(written_out["residuals"]), atol=1e-7)
+        assert found[-1].reliable_share == np.mean(written_out["residuals"] <= 0.1)
+    linear, bent, strongly = found
+    assert linear.nonlinearity < 1e-6 < 0.3 < bent.nonlinearity < 0.7 < strongly.nonlinearity
+    assert linear.reliable_share == 1.0 > bent.reliable_share > strongly.reliable_share == 0.0
+
+
+def test_a_branch_that_adds_less_has_more_reliable_modes_at_the_same_nonlinearity():
+    """Yt - Xt is the branch alone, so eta does not see its size; residuals relate it to the stream."""
+    x, branch = torch.randn(1000, 8, dtype=torch.float64), kan_layer(8, 1.0)
+    found = [layer_profile(x, x + size * branch(x).detach(), kreiss=False) for size in (0.1, 10.0)]
+    assert found[0].nonlinearity == pytest.approx(found[1].nonlinearity, rel=1e-6) and found[0].nonlinearity > 0.3
+    assert [layer.reliable_share for layer in found] == [1.0, 0.0]
 
 
 def test_whitening_is_a_similarity_so_eigenvalues_are_those_of_plain_dmd():

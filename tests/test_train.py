@@ -609,7 +609,8 @@ def test_a_run_beyond_the_memory_of_the_device_is_refused_with_what_to_lower(tin
 @pytest.mark.parametrize("changes", [
     {}, {"optimizer": "lion", "n_layers": 1}, {"n_layers": 0, "vocab_size": 90},
     {"biases": True, "mlp_ratio": 7, "vocab_size": 200},
-    {"data": "digits", "seq_len": 64, "patch_size": 4}, {"data": "recall", "vocab_size": 64}], ids=str)
+    {"data": "digits", "seq_len": 64, "patch_size": 4}, {"data": "recall", "vocab_size": 64},
+    {"mlp": "kan"}, {"mlp": "kan", "mlp_ratio": 1, "grid_size": 20}], ids=str)
 def test_the_memory_that_is_asked_for_is_no_more_than_weights_gradients_moments_and_activations(tiny, changes):
     """Counted here: what autograd saves for the backward pass of the loss, and all parameters."""
     config = replace(tiny, **changes)
