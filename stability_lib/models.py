@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import MLP, Attention, stream_norm
-from .config import RunConfig
+from .config import IMAGES, RunConfig
 from .kan import KAN
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
@@ -94,8 +95,9 @@ class Decoder(nn.Module):
             return read(linear.weight if wrapped is None else [*wrapped.weight.parameters()][-1])
 
         found = {"embed": read(self.embed.weight)}
-        if self.positions is not None:
-            found["positions"] = read(self.positions.weight)
+        for name in ("class_token", "positions"):
+            if getattr(self, name, None) is not None:
+                found[name] = read(getattr(self, name).weight)
         for i, block in enumerate(self.blocks):
             for name in block.sublayers:
                 sublayer = getattr(block, name)
@@ -113,19 +115,34 @@ class Decoder(nn.Module):
 
 
 class VisionTransformer(Decoder):
-    """ViT on square images: patches, linearly embedded, through the same blocks without a causal mask, averaged."""
+    """ViT on square images: patches, linearly embedded, through the same blocks without a causal mask, then averaged,
+    or with a trained token in front that ends as the whole image (Dosovitskiy et al. 2021)."""
 
     def __init__(self, config: RunConfig, classes: int):
         super().__init__(config, classes)
-        self.patch, self.side = config.patch_size, math.isqrt(config.seq_len)
-        self.embed = nn.Linear(self.patch**2, config.d_model, bias=False)
+        self.images, self.patch, self.side = IMAGES[config.data], config.patch_size, math.isqrt(config.seq_len)
+        self.embed = nn.Linear(self.images.channels * self.patch**2, config.d_model, bias=False)
+        self.class_token = nn.Embedding(1, config.d_model) if config.pooling == "class_token" else None
+        for name in ("centre", "spread"):
+            self.register_buffer(name, torch.tensor(getattr(self.images, name)).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels_BxT: Tensor) -> Tensor:
-        """Logits [B, 1, V] of the class, from grey values 0 to 16 in raster order."""
-        rows = self.side // self.patch
-        image = pixels_BxT.to(self.embed.weight.dtype).div(16).view(-1, rows, self.patch, rows, self.patch)
-        return self.head(self.stream(self.embed(image.transpose(2, 3).reshape(-1, rows**2, self.patch**2)))
-                         .mean(1, keepdim=True))
+        """Logits [B, 1, V] of the class, from the integers of `data`: channel after channel in raster order."""
+        patches_BxTxD = self.embed(self.patches(pixels_BxT))
+        if self.class_token is None:
+            return self.head(self.stream(patches_BxTxD).mean(1, keepdim=True))
+        token_Bx1xD = self.class_token.weight.expand(len(patches_BxTxD), 1, -1)
+        return self.head(self.stream(torch.cat([token_Bx1xD, patches_BxTxD], 1))[:, :1])
+
+    def patches(self, pixels_BxT: Tensor) -> Tensor:
+        """The scaled values of each patch, channel after channel, of images resized to `seq_len` pixels."""
+        native, rows = self.images.side, self.side // self.patch
+        image = pixels_BxT.to(self.embed.weight.dtype).view(-1, self.images.channels, native, native)
+        image = (image - self.centre) / self.spread
+        if self.side != native:
+            image = F.interpolate(image, size=(self.side, self.side), mode="bilinear", antialias=True)
+        image = image.view(-1, self.images.channels, rows, self.patch, rows, self.patch)
+        return image.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def build(config: RunConfig, vocab_size: int) -> Decoder:
@@ -187,8 +204,8 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 
 
 def n_params(config: RunConfig) -> int:
-    """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%) and
-    learned positions: so a size has one N with and without qk-norm. Of `moe` all experts count."""
+    """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%),
+    learned positions and a class token: so a size has one N with and without qk-norm. Of `moe` all experts count."""
     if config.mixer != "attention" or config.mlp == "moe":
         with torch.device("meta"):
             return config.n_layers * sum(p.numel() for p in Block(config).parameters() if p.ndim > 1)
@@ -206,7 +223,7 @@ def least_memory(config: RunConfig) -> int:
         kept += config.n_layers * config.n_heads * config.length
     if config.mlp == "kan":
         kept += config.n_layers * (1 + config.mlp_ratio) * config.d_model * (config.grid_size + config.spline_order)
-    sequences = (config.batch_size + config.eval_sequences) * (config.seq_len + 1)
+    sequences = (config.batch_size + config.eval_sequences) * config.row
     moments = 1 if config.optimizer == "lion" else 2
     return (4 * (2 + moments) * weights + number * config.batch_size * config.length * kept + 8 * sequences
             + 8 * config.attention_maps * config.length**2)

