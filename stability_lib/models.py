@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .blocks import MLP, Attention, stream_norm
 from .config import RunConfig
+from .mamba import Mamba
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
-SUBLAYERS = {"attention": Attention, "gelu": MLP}
+SUBLAYERS = {"attention": Attention, "mamba": Mamba, "gelu": MLP}
 """By the values of `config.mixer` and `config.mlp`. One whose weights are not all in linear layers has
 `initialise_(draw)`: draw(weight [out, in]) fills a matrix as `config.init` says."""
 
