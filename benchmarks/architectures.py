@@ -30,8 +30,8 @@ from stability_lib.train import cpu_threads, losses
 
 SHAPES = {64: studies.size(64, 3), 256: studies.size(256, 2, 32)}
 PEERS = {"moe": ("grouped_mm", "eager"), "mamba": ("slow path",)}
-HEADER = ("| model | d | layers | threads | our weights | theirs | their way | ours, ms | theirs / ours (median) | range "
-          "| rounds | goal |")
+HEADER = ("| model | d | layers | threads | our weights | theirs | their way | ours, ms | theirs / ours (median) | "
+          "range | rounds | goal |")
 
 
 def config_of(name: str, d: int) -> RunConfig:

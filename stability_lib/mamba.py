@@ -55,10 +55,12 @@ class Mamba(nn.Module):
 def causal_convolution(x_BxTxE: Tensor, kernel: nn.Conv1d) -> Tensor:
     """Each channel's own convolution over this position and those before, [B, T, E]: a sum of shifted products, as
     torch's convolution takes several times as long on a CPU."""
-    length, width = x_BxTxE.shape[1], kernel.kernel_size[0]
+    length = x_BxTxE.shape[1]
+    weights_ExW = kernel.weight[:, 0, -length:]  # the others would see nothing but what is before the first position
+    width = weights_ExW.shape[1]
     padded, total = F.pad(x_BxTxE, (0, 0, width - 1, 0)), kernel.bias
     for shift in range(width):
-        total = torch.addcmul(total, padded[:, shift:shift + length], kernel.weight[:, 0, shift])
+        total = torch.addcmul(total, padded[:, shift:shift + length], weights_ExW[:, shift])
     return total
 
 

@@ -304,6 +304,8 @@ def test_the_gradient_of_the_gradients_norm():
     (dict(state_size=0), "state_size must be positive"),
     (dict(conv_width=0), "conv_width must be positive"),
     (dict(expansion=0), "expansion must be positive"),
+    (dict(state_size=2**40), "state_size must be at most 65536"),
+    (dict(expansion=2**60), "expansion must be at most 65536"),
     (dict(mlp="moe"), "neither MLP nor attention"),
     (dict(attention_maps=1), "neither MLP nor attention"),
     (dict(data="digits", vocab_size=None, seq_len=64), "no images"),
@@ -313,6 +315,12 @@ def test_the_gradient_of_the_gradients_norm():
 def test_what_cannot_be_run_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("changes", [dict(expansion=2**16, d_model=2048), dict(state_size=2**16, d_model=2**16)])
+def test_a_state_space_beyond_the_memory_is_named_before_training(changes):
+    with pytest.raises(ValueError, match="the run needs at least"):
+        train_run(replace(CONFIG, **changes))
 
 
 def test_the_probes_watch_a_state_space():
