@@ -72,7 +72,7 @@ _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n
                 "probe_every", "attention_maps", "beta1", "beta2", "spectra_every", "gradient_penalty", "sam_rho",
                 "shaping_alpha", "shaping_beta", "load_balance"}
 _AT_MOST = {"d_model": 2**20, "base_width": 2**20, "n_layers": 10_000, "steps": 10**8, "lr": 1e30,
-            "weight_decay": 100.0, "spline_order": 20}
+            "weight_decay": 100.0, "spline_order": 20, "state_size": 2**16, "conv_width": 2**16, "expansion": 2**16}
 """Beyond it a run takes years, or a product of these leaves the range of fp32."""
 _FP32_TINY, _FP32_MAX = 1.2e-38, 3.4e38
 

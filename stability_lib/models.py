@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .blocks import MLP, Attention, stream_norm
 from .config import IMAGES, RunConfig
 from .kan import KAN
+from .mamba import Mamba
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
-SUBLAYERS = {"attention": Attention, "gelu": MLP, "kan": KAN}
+SUBLAYERS = {"attention": Attention, "mamba": Mamba, "gelu": MLP, "kan": KAN}
 """By the values of `config.mixer` and `config.mlp`. One whose weights are not all in linear layers has
 `initialise_(draw)`: draw(weight [out, in]) fills a matrix as `config.init` says."""
 
@@ -218,7 +219,8 @@ def least_memory(config: RunConfig) -> int:
     of a batch for the backward pass, batches and validation sequences."""
     vocab, number = config.vocab_size or 1, 2 if config.precision == "bf16" else 4
     weights = n_params(config) + 2 * config.d_model * (vocab if config.causal else 1)
-    kept = config.n_layers * (4 + config.mlp_ratio) * config.d_model + config.scored_positions * vocab // config.seq_len
+    widths = 4 + config.mlp_ratio if config.mixer == "attention" else 8 * config.expansion
+    kept = config.n_layers * widths * config.d_model + config.scored_positions * vocab // config.seq_len
     if config.attention == "squared_relu":
         kept += config.n_layers * config.n_heads * config.length
     if config.mlp == "kan":
@@ -231,9 +233,13 @@ def least_memory(config: RunConfig) -> int:
 
 def training_flops(config: RunConfig, vocab_size: int) -> float:
     """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
-    backward, and 12 D T per block and token for attention scores and mixing; all that twice under SAM, and three times
-    where the gradient's norm is differentiated. Probes, profiles and penalties on layers are not counted."""
+    backward, and 12 D T per block and token for attention scores and mixing, or 27 for each number of a state space's
+    state (9 forward, as its authors count); all that twice under SAM, and three times where the gradient's norm is
+    differentiated. Probes, profiles and penalties on layers are not counted."""
     matrices = n_params(config) + config.d_model * vocab_size
-    per_token = 6 * matrices + 12 * config.n_layers * config.d_model * config.length
+    mixing = 12 * config.length * config.d_model
+    if config.mixer == "mamba":  # 6 of the 27 are in `matrices`, as A is one
+        mixing = (27 - 6) * config.state_size * config.expansion * config.d_model
+    per_token = 6 * matrices + config.n_layers * mixing
     passes = (2 if config.sam_rho else 1) * (3 if config.gradient_penalty else 1)
     return passes * per_token * config.batch_size * config.length * config.steps
