@@ -67,12 +67,12 @@ class MoE(nn.Module):
         sizes = ([len(order)] + [0] * (experts - 1) if order.is_meta  # a shape needs no counts
                  else chosen_NxK.flatten().bincount(minlength=experts).tolist())
         token = order // self.router.top_k
-        # unbind: the gradients of all experts are stacked once, where indices would add E tensors of that size
+        # unbind and index_select: an index's gradient would be E tensors of that size, and depend on threads
         up, down = (zip(weight.unbind(), [None] * experts if bias is None else bias.chunk(experts), strict=True)
                     for weight, bias in ((self.up, self.up_bias), (self.down, self.down_bias)))
         outputs = torch.cat([F.linear(F.gelu(F.linear(rows, *first)), *second) for rows, first, second in
-                             zip(x_NxD[token].split(sizes), up, down, strict=True)])
-        outputs = outputs * weights_NxK.flatten()[order].unsqueeze(1)
+                             zip(x_NxD.index_select(0, token).split(sizes), up, down, strict=True)])
+        outputs = outputs * weights_NxK.flatten().index_select(0, order).unsqueeze(1)
         return torch.zeros_like(x_NxD, dtype=outputs.dtype).index_add(0, token, outputs).view(x_BxTxD.shape)
 
 
@@ -88,7 +88,7 @@ def watch_balance(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
 
     def hook(router, inputs, output):
         p_NxE, _, chosen_NxK = output
-        found[router] = router.out_features * router.shares(chosen_NxK).to(p_NxE.dtype) @ p_NxE.mean(0)
+        found[router] = router.out_features * (router.shares(chosen_NxK) * p_NxE.mean(0)).sum()
 
     hooks = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Router)]
     try:
