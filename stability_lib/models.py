@@ -15,12 +15,13 @@ from .blocks import MLP, Attention, stream_norm
 from .config import IMAGES, RunConfig
 from .kan import KAN
 from .mamba import Mamba
+from .moe import MoE
 
 # The standard deviation of a unit normal cut at +-2: divided out, so that a truncated weight has the std asked for.
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * math.erf(math.sqrt(2))))
 
 
-SUBLAYERS = {"attention": Attention, "mamba": Mamba, "gelu": MLP, "kan": KAN}
+SUBLAYERS = {"attention": Attention, "mamba": Mamba, "gelu": MLP, "moe": MoE, "kan": KAN}
 """By the values of `config.mixer` and `config.mlp`. One whose weights are not all in linear layers has
 `initialise_(draw)`: draw(weight [out, in]) fills a matrix as `config.init` says."""
 
@@ -207,11 +208,12 @@ def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -
 def n_params(config: RunConfig) -> int:
     """Paper P's N, all parameters but the embedding and the head, less all vectors (norm gains, biases; under 3%),
     learned positions and a class token: so a size has one N with and without qk-norm. Of `moe` all experts count."""
-    if config.mixer != "attention" or config.mlp == "moe":
+    if config.mixer == "mamba":
         with torch.device("meta"):
             return config.n_layers * sum(p.numel() for p in Block(config).parameters() if p.ndim > 1)
     edge = config.grid_size + config.spline_order + 1 if config.mlp == "kan" else 1
-    return config.n_layers * (4 + 2 * config.mlp_ratio * edge) * config.d_model**2
+    d, mlp = config.d_model, 2 * config.mlp_ratio * edge * config.d_model**2
+    return config.n_layers * (4 * d**2 + (config.experts * (mlp + d) if config.mlp == "moe" else mlp))
 
 
 def least_memory(config: RunConfig) -> int:
@@ -219,7 +221,8 @@ def least_memory(config: RunConfig) -> int:
     of a batch for the backward pass, batches and validation sequences."""
     vocab, number = config.vocab_size or 1, 2 if config.precision == "bf16" else 4
     weights = n_params(config) + 2 * config.d_model * (vocab if config.causal else 1)
-    widths = 4 + config.mlp_ratio if config.mixer == "attention" else 8 * config.expansion
+    hidden = config.mlp_ratio * (config.top_k if config.mlp == "moe" else 1)
+    widths = 4 + hidden if config.mixer == "attention" else 8 * config.expansion
     kept = config.n_layers * widths * config.d_model + config.scored_positions * vocab // config.seq_len
     if config.attention == "squared_relu":
         kept += config.n_layers * config.n_heads * config.length
@@ -232,11 +235,13 @@ def least_memory(config: RunConfig) -> int:
 
 
 def training_flops(config: RunConfig, vocab_size: int) -> float:
-    """FLOPs of the run's training steps: 6 per weight and token for the matrix products of forward and
-    backward, and 12 D T per block and token for attention scores and mixing, or 27 for each number of a state space's
-    state (9 forward, as its authors count); all that twice under SAM, and three times where the gradient's norm is
-    differentiated. Probes, profiles and penalties on layers are not counted."""
+    """FLOPs of the run's training steps: 6 per weight and token, of `moe` those of `top_k` experts, for the matrix
+    products of forward and backward, and 12 D T per block and token for attention scores and mixing, or 27 for each
+    number of a state space's state (9 forward, as its authors count); all that twice under SAM, and three times where
+    the gradient's norm is differentiated. Probes, profiles and penalties on layers are not counted."""
     matrices = n_params(config) + config.d_model * vocab_size
+    if config.mlp == "moe":
+        matrices -= config.n_layers * (config.experts - config.top_k) * 2 * config.mlp_ratio * config.d_model**2
     mixing = 12 * config.length * config.d_model
     if config.mixer == "mamba":  # 6 of the 27 are in `matrices`, as A is one
         mixing = (27 - 6) * config.state_size * config.expansion * config.d_model

@@ -30,14 +30,19 @@ def watch(model: nn.Module) -> Iterator[Readings]:
 
     Per block: `attention_logit_max` (over batch, heads and visible pairs), `attention_entropy` (nats, mean over
     queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over visible pairs),
-    `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`. For the head: `logit_mean`
-    (over tokens and vocabulary) and `log_z` (mean over tokens), log Z = logsumexp of the output logits.
+    `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`. Of a mixture of experts also
+    `router_entropy` (nats, mean over tokens, of the softmax over all experts), `expert_load_max`, the largest share of
+    an expert of all tokens' choices (1 / experts where even, 1 / top_k where all tokens choose alike), and
+    `experts_used`, the share of the experts that any token chose. For the head: `logit_mean` (over tokens and
+    vocabulary) and `log_z` (mean over tokens), log Z = logsumexp of the output logits.
     """
     readings: Readings = {}
     hooks = [model.head.register_forward_hook(_read_head(readings))]
     for i, block in enumerate(model.blocks):
         if "attention" in block.sublayers:
             hooks.append(block.attention.core.register_forward_hook(_read_attention(readings, f"block{i}")))
+        if router := getattr(getattr(block, "mlp", None), "router", None):
+            hooks.append(router.register_forward_hook(_read_router(readings, f"block{i}")))
         hooks.append(block.register_forward_hook(_read_output(readings, f"block{i}")))
     try:
         with _eager(model):
@@ -151,6 +156,17 @@ def _read_output(readings: Readings, block: str):
     @torch.no_grad()
     def hook(module, inputs, output):
         readings[f"output_rms/{block}"] = output.detach().float().square().mean().sqrt()
+    return hook
+
+
+def _read_router(readings: Readings, block: str):
+    @torch.no_grad()
+    def hook(router, inputs, output):
+        p_NxE, _, chosen_NxK = output
+        load_E = router.shares(chosen_NxK)
+        readings[f"router_entropy/{block}"] = torch.special.entr(p_NxE).sum(-1).mean()
+        readings[f"expert_load_max/{block}"] = load_E.max()
+        readings[f"experts_used/{block}"] = (load_E > 0).float().mean()
     return hook
 
 

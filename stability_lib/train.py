@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data, koopman, models, optim, probes, shaping
+from . import data, koopman, models, moe, optim, probes, shaping
 from .config import RunConfig, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -180,10 +180,10 @@ def prepare(config: RunConfig, device: str = "cpu") -> tuple[int, Tensor]:
     """
     needed, there = models.least_memory(config), memory(device)
     if needed > there:
-        default = RunConfig()
+        default, of_experts = RunConfig(), ("experts", "top_k") if config.mlp == "moe" else ()
         large = [f"{name} {getattr(config, name)}" for name in (
-            "d_model", "n_layers", "mlp_ratio", "vocab_size", "batch_size", "seq_len", "eval_sequences",
-            "grid_size", "spline_order", "attention_maps")
+            "d_model", "n_layers", "mlp_ratio", *of_experts, "vocab_size", "batch_size", "seq_len", "eval_sequences",
+            "grid_size", "spline_order", "state_size", "expansion", "attention_maps")
                  if (getattr(config, name) or 0) > (getattr(default, name) or 0)]
         raise ValueError(f"the run needs at least {needed / 1e9:.3g} GB and {device} has {there / 1e9:.3g}: lower "
                          f"{', '.join(large) or 'batch_size'}")
@@ -355,10 +355,16 @@ def take_step(learner, step: int, batch: Tensor) -> None:
 
 def losses(model: nn.Module, batch: Tensor, config: RunConfig, z_loss: float | Tensor, device: str,
            probe: bool) -> tuple[Tensor, Tensor, probes.Readings]:
-    """The task loss of a model on a batch, the same with its z-loss, and the readings of the forward pass."""
-    with probes.watch(model) if probe else contextlib.nullcontext({}) as readings, autocast(config, device):
+    """The task loss of a model on a batch, the same with its z-loss and load-balance loss, and the readings of the
+    forward pass."""
+    balanced = config.mlp == "moe" and config.load_balance
+    with (probes.watch(model) if probe else contextlib.nullcontext({}) as readings,
+          moe.watch_balance(model) if balanced else contextlib.nullcontext({}) as imbalances, autocast(config, device)):
         logits = model(batch[:, :-1])
-    return *loss_terms(*scored(config, logits, batch), z_loss), readings
+    loss, objective = loss_terms(*scored(config, logits, batch), z_loss)
+    if imbalances:
+        objective = objective + config.load_balance * torch.stack([*imbalances.values()]).mean()
+    return loss, objective, readings
 
 
 def _blow_up(config: RunConfig, loss: float, gradient_norm: float) -> str | None:
