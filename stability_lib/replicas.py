@@ -90,7 +90,9 @@ def _train(configs: list[RunConfig], device: str) -> list[RunResult]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # the latter on mps
+    """Also as mps, cuBLAS and cuDNN say it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _give_back_memory(device: str) -> None:
@@ -258,8 +260,10 @@ class Replicas:
     def draw(self) -> Tensor:
         """The next training batch of each, as `data.sample` gives it; texts are cut on the device, all at once."""
         if self._tokens is None:
-            return torch.stack([data.sample(self.config, run.batch_order) for run in self.runs]).to(self.device)
-        start_RxBx1 = torch.stack([data.starts(self.config, run.batch_order) for run in self.runs]).to(self.device)
+            batches = [data.sample(self.config, run.batch_order) for run in self.runs]
+            return train.sent(torch.stack(batches), self.device)
+        start_RxBx1 = train.sent(torch.stack([data.starts(self.config, run.batch_order) for run in self.runs]),
+                                 self.device)
         return data.cut(self._tokens, start_RxBx1, self.config)
 
     def evaluate(self, windows: Tensor) -> list[list[float]]:

@@ -246,10 +246,10 @@ def test_eight_replicas_that_hardly_take_longer_than_two_say_nothing_of_the_rate
     assert tried == [2, 8, 32] and each == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("changes, alone", [({}, False), ({"precision": "bf16", "n_layers": 3}, False),
-                                            ({"optimizer": "lion"}, True),
-                                            ({"shaping": "kss", "shaping_every": 1}, True), ({"gradient_penalty": 0.1}, True), ({"sam_rho": 0.1}, True),
-                                            ({"reparametrization": "spectral_norm"}, True)])
+@pytest.mark.parametrize("changes, alone", [
+    ({}, False), ({"precision": "bf16", "n_layers": 3}, False), ({"optimizer": "lion"}, True),
+    ({"shaping": "kss", "shaping_every": 1}, True), ({"gradient_penalty": 0.1}, True), ({"sam_rho": 0.1}, True),
+    ({"reparametrization": "spectral_norm"}, True)])
 def test_the_operations_of_a_step_are_about_as_many_as_are_dispatched(tiny, changes, alone):
     class Counted(TorchDispatchMode):
         n = 0
@@ -314,6 +314,19 @@ def test_the_time_of_a_step_can_be_told_where_eight_replicas_find_no_memory(tiny
     tried = short_of_memory(monkeypatch, 4)
     overhead, each = replicas.step_seconds(replicas.shape(replace(tiny, seq_len=9)), "cpu")
     assert tried == [2, 8] and overhead == 0 and each > 0
+
+
+@pytest.mark.parametrize("words", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                                   "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_libraries_say_in_their_own_words_that_memory_ran_out(tiny, monkeypatch, words):
+    together = replicas._train
+
+    def scarce(configs, device):
+        if len(configs) > 2:
+            raise RuntimeError(words)
+        return together(configs, device)
+    monkeypatch.setattr(replicas, "_train", scarce)
+    assert [result.replicas for result in train_replicas(grid(tiny, seed=range(4)))] == [2] * 4
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory(tiny, monkeypatch):
