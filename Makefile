@@ -22,11 +22,12 @@ test: $(VENV)/ready-test  ## run pytest, then every committed notebook against i
 lab: $(VENV)/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
+SCALE ?= cpu
 reference: $(VENV)/ready  ## train the committed reference again (about two and a half hours on 2 cores; it can be interrupted and goes on)
-	$(BIN)/python -m stability_lib reference
+	$(BIN)/python -m stability_lib reference --scale $(SCALE)
 
-promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=...
-	$(BIN)/python -m stability_lib promote $(STUDY)
+promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=... SCALE=gpu
+	$(BIN)/python -m stability_lib promote $(STUDY) --scale $(SCALE)
 
 notebooks: $(VENV)/ready  ## execute the committed notebooks in place and renew the README's figure
 	$(CLEAN_RUNS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
@@ -34,7 +35,7 @@ notebooks: $(VENV)/ready  ## execute the committed notebooks in place and renew 
 
 N ?= 5
 audit: $(VENV)/ready  ## train N random reference runs again and compare: make audit N=5
-	$(BIN)/python -m stability_lib audit --n $(N)
+	$(BIN)/python -m stability_lib audit --n $(N) --scale $(SCALE)
 
 benchmark: $(VENV)/ready-test  ## measure training, probes, spectral profile and shaping; ratios from one run
 	$(BIN)/python benchmarks/training.py

@@ -23,8 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     reproduce.add_argument("--output", type=Path, help="folder for the results (default reports/<scale>)")
     reproduce.add_argument("--cell-timeout", type=int, metavar="SECONDS", help="fail a cell that takes longer")
     reproduce.add_argument("--kernel", metavar="NAME", help="Jupyter kernel to run in (default the notebooks' own)")
-    reproduce.add_argument("--cluster", metavar="ADDRESS", default=os.environ.get(cluster.CLUSTER, ""),
-                           help="train on a Dask cluster: tcp://HOST:8786, or local:4 for four processes here")
     reproduce.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                            help="another notebook parameter, its value written as in Python")
     reproduce.add_argument("--dry-run", action="store_true",
@@ -43,9 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--tolerance", type=float, default=0.02,
                        help="on the final loss of stable runs, in nats (default 0.02)")
     audit.add_argument("--seed", type=int, help="choose the same runs again")
+    audit.add_argument("--scale", default="cpu", help="whose reference (default cpu)")
 
     for command in (reproduce, reference, audit):
         command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
+        command.add_argument("--cluster", metavar="ADDRESS", default=os.environ.get(cluster.CLUSTER, ""),
+                             help="train on a Dask cluster: tcp://HOST:8786, or local:4 for four processes here")
 
     options = parser.parse_args(arguments)
     try:
@@ -98,7 +99,7 @@ def _value(text: str):
 def _reference(options) -> int:
     for study in options.studies:
         studies.configs(study, options.scale)
-    batch.recompute_reference(options.studies, options.device, options.scale)
+    batch.recompute_reference(options.studies, options.device, options.scale, options.cluster)
     return 0
 
 
@@ -112,7 +113,7 @@ def _promote(options) -> int:
 
 
 def _audit(options) -> int:
-    table = batch.audit(options.n, options.tolerance, options.device, options.seed)
+    table = batch.audit(options.n, options.tolerance, options.device, options.seed, options.scale, options.cluster)
     print(table.to_string(index=False))
     print(f"{int(table['agrees'].sum())} of {len(table)} agree (stable runs within {options.tolerance:g} nats)")
     return int(not table["agrees"].all())

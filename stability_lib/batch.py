@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -278,9 +279,9 @@ def dry_run(paths: list[Path], scale: str, device: str, recompute: str = "missin
     return pd.DataFrame(rows, columns=["notebook", "cached", "missing", "FLOPs", "time here"])
 
 
-def recompute_reference(names: list[str], device: str, scale: str = "cpu") -> None:
-    """Train a scale's grids of these studies, by default of all, again and make each the committed reference of that
-    scale once complete.
+def recompute_reference(names: list[str], device: str, scale: str = "cpu", cluster: str = "") -> None:
+    """Train a scale's grids of these studies, by default of all, again, here or on a `cluster` (see `runs.ensure`), and
+    make each the committed reference of that scale once complete.
 
     It can be interrupted: until all are done, finished runs lie in data/runs/local/reference-<scale>-<version of the
     library>, and the same code does not train them again. Raises `StoreError` where that version is in no commit,
@@ -294,16 +295,19 @@ def recompute_reference(names: list[str], device: str, scale: str = "cpu") -> No
                               "commit or stash them")
     runs.reference_path(names[0], scale)
     folder = runs.locate(names[0]).local.parent / f"reference-{scale}-{version}"
-    for study in names:
-        configs, store = studies.configs(study, scale), runs.Store(folder / f"{study}.jsonl")
-        runs.ensure(configs, store, device=device)
-        print(f"{study}: {runs.promote(study, configs, runs.read(store.local), scale)} runs are the reference now")
+    with share(cluster, device) as address:
+        for study in names:
+            configs, store = studies.configs(study, scale), runs.Store(folder / f"{study}.jsonl")
+            runs.ensure(configs, store, device=device, cluster=address)
+            print(f"{study}: {runs.promote(study, configs, runs.read(store.local), scale)} runs are the reference now")
     for study in names:
         (folder / f"{study}.jsonl").unlink()
 
 
-def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.DataFrame:
-    """Train `n` random reference runs again and compare, one row each with `agrees`.
+def audit(n: int, tolerance: float, device: str, seed: int | None = None, scale: str = "cpu",
+          cluster: str = "") -> pd.DataFrame:
+    """Train `n` random runs of a scale's reference again, one by one here or all on a `cluster` (see `runs.ensure`),
+    and compare, one row each with `agrees`.
 
     A run whose attention logits stayed below 1e4 must reach its final loss within `tolerance` (nats). Past that the
     dynamics are chaotic and last bits differ between machines: such a run must end within 0.3 nats and its logits peak
@@ -315,14 +319,15 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.
         raise ValueError(f"--n must be at least 1, got {n}")
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"--tolerance must be a number of nats, 0 or more, got {tolerance}")
-    resolve_device(device)
+    if not cluster:
+        resolve_device(device)
     checkout()
-    everything = [(study, config) for study in studies.names() for config in studies.configs(study, "cpu")]
-    chosen = [(study, config, _reference(study, config))  # all of them are found before the first is trained
+    everything = [(study, config) for study in studies.names() for config in studies.configs(study, scale)]
+    chosen = [(study, config, _reference(study, config, scale))  # all of them are found before the first is trained
               for study, config in pd.Series(everything).sample(min(n, len(everything)), random_state=seed)]
     rows = []
-    for study, config, reference in chosen:
-        again = runs.frame([runs.to_row(runs.train_run(config, device), device)])
+    fresh = _trained_again([config for _, config, _ in chosen], device, cluster)
+    for (study, _, reference), again in zip(chosen, fresh, strict=True):
         was, now = reference.iloc[0], again.iloc[0]
         logits = [float(runs.peak(frame, "attention_logit_max").iloc[0]) for frame in (reference, again)]
         agrees = _agree(was, now, logits, tolerance)
@@ -333,11 +338,22 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None) -> pd.
     return pd.DataFrame(rows)
 
 
-def _reference(study: str, config: RunConfig) -> pd.DataFrame:
-    path, key = runs.reference_path(study), run_key(config)
+def _trained_again(configs: list[RunConfig], device: str, cluster: str) -> Iterator[pd.DataFrame]:
+    """One row per config."""
+    if not cluster:
+        yield from (runs.frame([runs.to_row(runs.train_run(config, device), device)]) for config in configs)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        table = runs.ensure(configs, runs.Store(Path(folder) / "audit.jsonl"), device=device, cluster=cluster)
+    yield from (table.iloc[[i]] for i in range(len(table)))
+
+
+def _reference(study: str, config: RunConfig, scale: str = "cpu") -> pd.DataFrame:
+    path, key = runs.reference_path(study, scale), run_key(config)
     rows = runs.read(path)
     if key not in rows:
-        raise ValueError(f"{path} lacks the run {key}: train it with `stability-lib reference {study}`")
+        raise ValueError(f"{path} lacks the run {key}: train it with `stability-lib reference {study}"
+                         f"{' --scale ' + scale if scale != 'cpu' else ''}`")
     return runs.frame([rows[key]])
 
 

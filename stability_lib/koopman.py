@@ -235,7 +235,7 @@ def _angles(values: np.ndarray, even: bool) -> np.ndarray:
 
 def _states(x, y, layer: int, cutoff: float | None, device=None) -> tuple[Tensor, Tensor, float]:
     """The states in float64 on `device`, None: their own (MPS has none: on the CPU), and the cutoff."""
-    x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
+    x, y = (s.detach() if isinstance(s, Tensor) else torch.as_tensor(s, device="cpu") for s in (x, y))
     if x.ndim != 2 or x.shape != y.shape:
         raise ProfileError(f"layer {layer} takes states {tuple(x.shape)} to {tuple(y.shape)}: name layers that keep "
                            "the stream's width, and pass states [N, D]")
@@ -301,7 +301,7 @@ def _factor(x_KxD: Tensor, cutoff: float, layer: int) -> tuple[Tensor, Tensor, T
 def _leading_directions(x_NxD: Tensor, rank: int, seed: int, cutoff: float) -> Tensor:
     """Orthonormal [D, up to rank] basis of the largest directions of X: randomized SVD, 10 vectors over, 2 power steps.
     Directions that X does not have would be random ones."""
-    sketch = torch.randn(x_NxD.shape[1], min(rank + 10, *x_NxD.shape), dtype=x_NxD.dtype,
+    sketch = torch.randn(x_NxD.shape[1], min(rank + 10, *x_NxD.shape), dtype=x_NxD.dtype, device="cpu",
                          generator=torch.Generator().manual_seed(seed)).to(x_NxD.device)
     for _ in range(3):
         sketch = torch.linalg.qr(x_NxD.T @ torch.linalg.qr(x_NxD @ sketch)[0])[0]
@@ -445,9 +445,9 @@ def _choose(model: nn.Module, inputs, args: tuple, kwargs: Mapping, shape: torch
         if isinstance(positions, str):
             raise
         keep = None  # the user says which
-    keep = torch.ones(shape, dtype=torch.bool) if keep is None else keep.cpu()
+    keep = torch.ones(shape, dtype=torch.bool, device="cpu") if keep is None else keep.cpu()
     if callable(positions):
-        chosen = torch.as_tensor(positions(inputs)).cpu()
+        chosen = torch.as_tensor(positions(inputs), device="cpu")
         if chosen.dtype != torch.bool or chosen.shape != shape:
             raise ProfileError(f"positions(inputs) must be a bool mask {tuple(shape)}, got {chosen.dtype} "
                                f"{tuple(chosen.shape)}: mark the token states to use")
@@ -464,7 +464,7 @@ def _choose(model: nn.Module, inputs, args: tuple, kwargs: Mapping, shape: torch
         chosen[..., listed.tolist()] = True
     rows = (keep & chosen).flatten().nonzero().squeeze(1)
     if snapshots is not None and len(rows) > snapshots:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
         rows = rows[order[:snapshots].sort().values]
     return rows
 

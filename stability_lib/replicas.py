@@ -7,6 +7,7 @@ recipe is `train.train_runs` for both. Nothing passes from one replica to anothe
 Dimensions: R replicas, P parameters of one of them, G parameter groups; others as in `models`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -40,13 +41,17 @@ def batches(configs: list[RunConfig], device: str | None = None, workers: int = 
     found = []
     for alike in by_shape.values():
         size = len(alike)
-        if any(getattr(alike[0], name) != value for name, value in ALONE.items()):
+        if not trains_with_others(alike[0]):
             size = 1
         elif device is not None and size > 1:
             size = min(size, most(alike[0], device), math.ceil(len(configs) / workers))
         parts = math.ceil(len(alike) / size)
         found += [alike[len(alike) * i // parts:len(alike) * (i + 1) // parts] for i in range(parts)]
     return found
+
+
+def trains_with_others(config: RunConfig) -> bool:
+    return all(getattr(config, name) == value for name, value in ALONE.items())
 
 
 def shape(config: RunConfig) -> RunConfig:
@@ -85,7 +90,9 @@ def _train(configs: list[RunConfig], device: str) -> list[RunResult]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # the latter on mps
+    """Also as mps, cuBLAS and cuDNN say it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _give_back_memory(device: str) -> None:
@@ -94,29 +101,38 @@ def _give_back_memory(device: str) -> None:
 
 
 def most(config: RunConfig, device: str) -> int:
-    """How many replicas of the config's shape to train together: as many as take `LIMIT`, or twice the time of one
+    """How many replicas of the config's shape to train together on a device, see `_fitting`."""
+    return _fitting(config, *step_seconds(shape(config), device), train.memory(device))
+
+
+def _fitting(config: RunConfig, overhead: float, each: float, memory: float) -> int:
+    """How many replicas, of a step of `overhead + each * n` seconds: as many as take `LIMIT`, or twice the time of one
     where that is more, and no more than the memory has room for by the least estimate, or than 65535 sequences, the
     largest grid of a CUDA kernel in all but its first dimension."""
-    overhead, each = step_seconds(shape(config), device)
     time_for_a_step = max(LIMIT / config.steps, 2 * (overhead + each))
-    room = train.memory(device) / models.least_memory(config)
+    room = memory / models.least_memory(config)
     return max(1, int(min((time_for_a_step - overhead) / each, room, 65535 / config.batch_size)))
 
 
 @functools.lru_cache
 def step_seconds(config: RunConfig, device: str) -> tuple[float, float]:
-    """(a, b) of a + b n, about the seconds of a training step of n replicas: from a few steps of 2 and of 8."""
+    """(a, b) of a + b n, about the seconds of a training step of n replicas: from a few steps of 2 and of 8, or of 32
+    where 8 take hardly longer than 2, as on a GPU that waits for its launches."""
     device = train.resolve_device(device)
     with train.alone(device, 1):
         few = _fastest_step(config, 2, device)
-        try:
-            many = _fastest_step(config, 8, device)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            many = 4 * few
+        for n in (8, 32):
+            try:
+                many = _fastest_step(config, n, device)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                many = n / 2 * few
+                break
+            if many > 1.5 * few:
+                break
     _give_back_memory(device)
-    each = max((many - few) / 6, 1e-7)
+    each = max((many - few) / (n - 2), 1e-7)
     return max(0.0, few - 2 * each), each
 
 
@@ -128,6 +144,84 @@ def _fastest_step(config: RunConfig, n: int, device: str) -> float:
         train.take_step(learner, step, learner.draw())
         marks.append(time.perf_counter())
     return min(end - start for start, end in itertools.pairwise(marks[2:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of a device, what the time of many runs is reckoned from: the seconds that one operation of a step takes to be
+    launched, the FLOP/s of replicas in bf16 at width 64 and at 512, a power of the width between them and constant
+    beyond, the most they come to in fp32, and the bytes of memory."""
+
+    launch: float
+    flops_at_64: float
+    flops_at_512: float
+    flops_fp32: float
+    memory: float
+
+    def flops(self, config: RunConfig) -> float:
+        """FLOP/s at the config's width and precision."""
+        share = math.log(min(max(config.d_model, 64), 512) / 64) / math.log(8)
+        rate = self.flops_at_64 ** (1 - share) * self.flops_at_512 ** share
+        return min(rate, self.flops_fp32) if config.precision == "fp32" else rate
+
+
+H100_ASSUMED = Speed(launch=6e-6, flops_at_64=2.5e13, flops_at_512=2e14, flops_fp32=3e13, memory=80e9)
+"""Nobody measured this. A quarter of the card's dense bf16 rate at width 512 is the aim of `benchmarks/replicas.py`;
+narrower models, whose time goes into elementwise work, are taken to fall short in proportion to their width, and fp32
+(without TF32) to reach half of the card's rate."""
+HOST, HOST_MADE_UP = 5e-5, 2e-4
+"""Seconds of the host for a step of one replica, its batch included: of text, and where `data` makes it up."""
+BUILD = 1e-7
+"""Seconds in which the host initialises one parameter."""
+PROFILE, KREISS = 0.1, 1.0
+"""Seconds of a spectral profile of a layer, and more where its Kreiss constants are searched."""
+
+
+def reckoned_seconds(configs: list[RunConfig], speed: Speed = H100_ASSUMED) -> float:
+    """About how long `configs` take on one accelerator, from the first step to the last: a step launches its
+    operations, then computes, and the two do not overlap. By default on an H100 as it is assumed, not measured, to
+    be."""
+    return sum(_reckoned(alike, speed) for alike in batches(configs))
+
+
+def _reckoned(alike: list[RunConfig], speed: Speed) -> float:
+    """Of runs of one shape, or of one that trains by itself."""
+    config, n = alike[0], len(alike)
+    flops = models.training_flops(config, data.vocab_size(config)) / config.steps
+    each = flops / speed.flops(config) + (HOST if config.textual else HOST_MADE_UP)
+    made, launch = BUILD * models.n_params(config), speed.launch * operations(config)
+    if not trains_with_others(config):
+        every = config.spectra_every
+        read = every and math.ceil(config.steps / every) + bool((config.steps - 1) % every)
+        profiles = read * config.n_layers * (PROFILE + config.spectra_kreiss * KREISS)
+        return n * (config.steps * (launch + each) + made + profiles)
+    parts = math.ceil(n / _fitting(config, launch, each, speed.memory))
+    return config.steps * (parts * launch + n * each) + n * made
+
+
+def operations(config: RunConfig) -> float:
+    """About how many operations a training step dispatches, as counted in bf16 for replicas, and for runs by themselves
+    with each of what such runs have."""
+    if trains_with_others(config):
+        return 224 * config.n_layers + 150
+    times = 1 + 1 / config.shaping_every if config.shaping != "none" else 1
+    times *= 6 if config.gradient_penalty else 1
+    times *= 2.3 if config.sam_rho else 1
+    times *= 1.7 if config.reparametrization != "none" else 1
+    return times * (144 * config.n_layers + 90)
+
+
+@functools.lru_cache
+def measured(device: str) -> Speed:
+    """The speed of a device that is here, from a few steps of replicas of three shapes."""
+    base = RunConfig(n_layers=1, n_heads=4, seq_len=256, precision="bf16")
+    launch, rates = [], []
+    for config in (replace(base, d_model=64), replace(base, d_model=512), replace(base, d_model=512, precision="fp32")):
+        overhead, each = step_seconds(shape(config), device)
+        launch.append(overhead / operations(config))
+        flops = models.training_flops(config, data.vocab_size(config)) / config.steps
+        rates.append(flops / max(each - HOST, each / 4))
+    return Speed(max(launch), *rates, train.memory(train.resolve_device(device)))
 
 
 class Replicas:
@@ -166,8 +260,10 @@ class Replicas:
     def draw(self) -> Tensor:
         """The next training batch of each, as `data.sample` gives it; texts are cut on the device, all at once."""
         if self._tokens is None:
-            return torch.stack([data.sample(self.config, run.batch_order) for run in self.runs]).to(self.device)
-        start_RxBx1 = torch.stack([data.starts(self.config, run.batch_order) for run in self.runs]).to(self.device)
+            batches = [data.sample(self.config, run.batch_order) for run in self.runs]
+            return train.sent(torch.stack(batches), self.device)
+        start_RxBx1 = train.sent(torch.stack([data.starts(self.config, run.batch_order) for run in self.runs]),
+                                 self.device)
         return data.cut(self._tokens, start_RxBx1, self.config)
 
     def evaluate(self, windows: Tensor) -> list[list[float]]:

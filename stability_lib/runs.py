@@ -220,7 +220,10 @@ def peak(runs: pd.DataFrame, quantity: str) -> pd.Series:
 
 def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", workers: int | None = None,
          recompute: bool = False) -> dict:
-    """How many runs are `cached` and `missing`, and the missing ones' `flops` and `seconds` on this machine."""
+    """How many runs are `cached` and `missing`, and the missing ones' `flops` and `seconds` on this machine.
+
+    Raises `ValueError` where the device is not here: nothing is said of one that was not measured.
+    """
     _check_options(None, workers, None, recompute)
     store, configs = _store(study), dict(keyed(configs))
     known = {} if recompute else load(store)
@@ -233,10 +236,13 @@ def plan(configs: Iterable[RunConfig], study: str | Store, device: str = "cpu", 
 
 
 def estimate_seconds(configs: list[RunConfig], device: str) -> float:
-    """About how long `configs` take one after the other on this device: a + b FLOPs per step, from two short
-    measurements. What `models.training_flops` does not count comes on top. Raises `ValueError` where there is no such
-    device."""
-    overhead, per_flop = _step_cost(resolve_device(device))
+    """About how long `configs` take in one process on this device, from two short measurements on it: on the CPU one
+    after the other, at a + b FLOPs per step; on an accelerator with replicas, see `replicas.reckoned_seconds`. What
+    `models.training_flops` does not count comes on top. Raises `ValueError` where there is no such device."""
+    device = resolve_device(device)
+    if device != "cpu":
+        return replicas.reckoned_seconds(configs, replicas.measured(device))
+    overhead, per_flop = _step_cost(device)
     return sum(config.steps * overhead + per_flop * models.training_flops(config, data.vocab_size(config))
                for config in configs)
 
@@ -244,11 +250,7 @@ def estimate_seconds(configs: list[RunConfig], device: str) -> float:
 @functools.lru_cache
 def _step_cost(device: str) -> tuple[float, float]:
     flops, seconds = [], []
-    shapes = dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)
-    if device == "cuda":  # as deep as each other, since there small steps take what launching their layers takes
-        large = dict(d_model=1024, n_heads=16, batch_size=64, seq_len=256, precision="bf16")
-        shapes = dict(d_model=64, n_layers=4, n_heads=4), dict(n_layers=4, **large)
-    for shape in shapes:
+    for shape in (dict(d_model=16, n_layers=1, n_heads=1), dict(d_model=96, n_layers=3, n_heads=6)):
         short, long = (RunConfig(**shape, warmup_steps=0, steps=steps, eval_sequences=1, probe_every=0)
                        for steps in (3, 10))
         train_run(short, device)  # pays for what only the first run of a process or shape costs

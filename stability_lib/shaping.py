@@ -152,7 +152,7 @@ class KSS:
         states, _ = self._states, self._forget()
         self._draw()
         if not self.due or not self.settings.alpha:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         if not states:
             raise RuntimeError(
                 "no states were seen since the last penalty: call it after a forward pass in training mode with "
@@ -169,7 +169,7 @@ class KSS:
             else:
                 values.append(value)
         self.applied += len(values)
-        penalty = self.settings.alpha * torch.stack(values).mean() if values else torch.zeros(())
+        penalty = self.settings.alpha * torch.stack(values).mean() if values else torch.zeros((), device="cpu")
         self._vain += not self.applied
         if self._vain == 5:
             self._warn(f"KSS has skipped every layer so far, {self.skipped} of {self.skipped}: their states are not "
@@ -236,7 +236,7 @@ class KSS:
     def _draw(self) -> None:
         """Choose the layers that the next forward pass keeps: the nearest whole number to `layer_share` of them."""
         n = max(1, round(self.settings.layer_share * len(self._layers)))
-        order = torch.randperm(len(self._layers), generator=self._generator).tolist()
+        order = torch.randperm(len(self._layers), generator=self._generator, device="cpu").tolist()
         self._drawn = {self._layers[i] for i in order[:n]}
 
     def _wanted(self, layer: nn.Module) -> bool:
@@ -280,7 +280,7 @@ class KSS:
         return None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(x.device)
 
     def _random(self, *shape: int, like: Tensor) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(like)
+        return torch.randn(*shape, generator=self._generator, device="cpu").to(like)
 
     def _measure(self, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor | None:
         """The penalty on one layer's states, or on those in `rows`; None where it cannot be had."""
@@ -289,7 +289,7 @@ class KSS:
         if n < (2 if self.settings.penalty == "activation_variance" else 1):
             return None
         if self.settings.snapshots is not None and n > self.settings.snapshots:
-            drawn = torch.randperm(n, generator=self._generator)[: self.settings.snapshots].to(x.device)
+            drawn = torch.randperm(n, generator=self._generator, device="cpu")[: self.settings.snapshots].to(x.device)
             rows = drawn if rows is None else rows[drawn]
         if rows is not None:  # an index costs a quarter of all the time here
             x_NxD, y_NxD = x_NxD[rows], y_NxD[rows]
@@ -323,8 +323,11 @@ class KSS:
         def through(states: Tensor) -> Tensor:
             put = lambda value: states if value is x else value  # noqa: E731
             given, named = apart((args, kwargs))
-            with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-                torch.manual_seed(self.settings.seed + self.steps)
+            on_gpu = x.device.type == "cuda"
+            with torch.random.fork_rng([x.device] if on_gpu else []):
+                torch.default_generator.manual_seed(self.settings.seed + self.steps)  # torch.manual_seed: of every GPU
+                if on_gpu:
+                    torch.cuda.default_generators[x.device.index].manual_seed(self.settings.seed + self.steps)
                 return stream_states(layer.forward(*map(put, given), **{name: put(v) for name, v in named.items()}))
 
         y, moved = through(x), through(nearby)
@@ -382,7 +385,7 @@ def directions(x_NxD: Tensor, settings: Settings, generator: torch.Generator) ->
     if rank >= width and settings.dmd != "pod":  # whose axes set directions apart that X does not have
         return torch.eye(width, dtype=x_NxD.dtype, device=x_NxD.device)
     extra = min(rank + 10, width) if settings.dmd == "pod" else rank
-    sketch = torch.randn(width, extra, generator=generator).to(x_NxD)
+    sketch = torch.randn(width, extra, generator=generator, device="cpu").to(x_NxD)
     x_NxD = x_NxD - x_NxD.mean(0)
     if settings.dmd == "random":
         return torch.linalg.qr(sketch)[0]

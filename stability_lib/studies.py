@@ -29,13 +29,13 @@ def size(d_model: int, n_layers: int, d_head: int = 16) -> dict:
 SIZES = {
     "quick": [size(32, 2), size(64, 3)],
     "cpu": [size(32, 2), size(64, 3), size(96, 5)],
-    "gpu": [size(64, 3), size(128, 4, 32), size(256, 6, 32), size(512, 8, 64)],
+    "gpu": [size(96, 3, 32), size(192, 4, 32), size(384, 5, 64)],
     "paper": [size(256, 3, 64), size(512, 6, 64), size(768, 12, 64), size(1024, 24, 64), size(2048, 24, 64)],
 }
 _LENGTH = {
     "quick": dict(steps=100, warmup_steps=5, probe_every=5),
     "cpu": dict(steps=300, warmup_steps=15, probe_every=10),
-    "gpu": dict(steps=5000, warmup_steps=250, probe_every=50, seq_len=256, batch_size=64, precision="bf16"),
+    "gpu": dict(steps=5000, warmup_steps=250, probe_every=50, seq_len=256, batch_size=8, precision="bf16"),
     "paper": dict(steps=100_000, warmup_steps=5000, probe_every=500, seq_len=512, batch_size=256, precision="bf16",
                   data="c4", eval_sequences=2048),
 }
@@ -43,7 +43,7 @@ _LENGTH = {
 _SHORT = {
     "quick": dict(steps=80, warmup_steps=4, seq_len=32, probe_every=0),
     "cpu": dict(steps=200, warmup_steps=10, seq_len=32, probe_every=0),
-    "gpu": _LENGTH["gpu"] | dict(probe_every=0),
+    "gpu": dict(steps=2000, warmup_steps=100, seq_len=128, batch_size=16, precision="bf16", probe_every=0),
     "paper": _LENGTH["paper"] | dict(probe_every=0),
 }
 RECALL = dict(data="recall", seq_len=32, n_heads=4, init="gpt2", positions="learned", biases=True, qk_norm="none",

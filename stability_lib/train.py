@@ -68,6 +68,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def sent(batch: Tensor, device: str) -> Tensor:
+    """A batch on the device, where that is CUDA without waiting for it."""
+    return batch.pin_memory().to(device, non_blocking=True) if device == "cuda" else batch.to(device)
+
+
 def loss_terms(logits_BxTxV: Tensor, targets_BxT: Tensor, z_loss: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats, and the same plus z_loss * mean(log^2 Z) (paper P, Sec. 3.1.2)."""
     logits = logits_BxTxV.float()
@@ -232,7 +237,7 @@ class Single:
 
     def draw(self) -> Tensor:
         """The next training batch."""
-        return data.sample(self.config, self.runs[0].batch_order).to(self.device).unsqueeze(0)
+        return sent(data.sample(self.config, self.runs[0].batch_order), self.device).unsqueeze(0)
 
     def evaluate(self, windows: Tensor) -> list[tuple[float, float]]:
         return [evaluate(self.model, windows, self.config, self.device)]

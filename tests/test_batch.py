@@ -1,5 +1,6 @@
 """The batch runner checks before it runs, goes on after failures and tells the truth about them."""
 
+import contextlib
 import json
 import math
 import os
@@ -533,3 +534,22 @@ def test_the_audit_names_a_run_that_the_reference_lacks_before_it_trains_any(che
     assert main(["audit"]) == 2
     key = run_key(replace(TINY, seed=1))
     assert re.search(f"two.jsonl lacks the run {key}: train it with .*reference two", capsys.readouterr().err)
+
+
+def test_the_audit_and_the_reference_take_a_scale_and_a_cluster(checkout, monkeypatch, capsys):
+    """The cluster stands for one: `ensure` is asked for it, and trains here."""
+    asked, ensure = [], runs.ensure
+
+    def noted(configs, store, *, device, cluster=""):
+        asked.append((device, cluster))
+        return ensure(configs, store, device=device, executor=ThreadPoolExecutor(1))
+    monkeypatch.setattr(runs, "ensure", noted)
+    monkeypatch.setattr(batch, "share", lambda cluster, device: contextlib.nullcontext(cluster))
+    there = ["--device", "cpu", "--cluster", "tcp://127.0.0.1:8786", "--scale", "gpu"]
+    assert main(["reference", *there]) == 0
+    assert [*(checkout / "data" / "runs").glob("*.jsonl")] == []
+    assert main(["audit", *there]) == 0
+    assert "2 of 2 agree" in capsys.readouterr().out and asked == [("cpu", "tcp://127.0.0.1:8786")] * 3
+    assert main(["audit"]) == 2 and "lacks the run" in capsys.readouterr().err  # of the other scale
+    assert main(["audit", "--scale", "quick"]) == 2
+    assert main(["audit", "--cluster", "nowhere"]) == 2

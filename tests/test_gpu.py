@@ -247,6 +247,47 @@ def test_the_gradient_of_shaping_is_that_of_the_cpu(device, settings):
     assert_near(*found, 2e-3)
 
 
+@pytest.fixture
+def elsewhere(device):
+    """A caller's default device that is not the model's: for the CPU one that holds no values."""
+    with torch.device("meta" if device == "cpu" else "cuda"):
+        yield
+
+
+@pytest.mark.parametrize("where", ["model", "cpu"])
+def test_a_callers_default_device_does_not_matter_to_a_profile(device, where, elsewhere):
+    with torch.device("cpu"):
+        model, batch = built(SMALL, device if where == "model" else "cpu")
+        wanted = koopman.profile(model, batch[:, :-1], rank=8, snapshots=100, kreiss=False)
+    found = koopman.profile(model, batch[:, :-1], rank=8, snapshots=100, kreiss=False)
+    assert found.table()["spectral_radius"].tolist() == pytest.approx(wanted.table()["spectral_radius"].tolist())
+
+
+@pytest.mark.parametrize("settings", [{"dmd": "random", "rank": 8, "snapshots": 100}, {"penalty": "random_l2"},
+                                      {"penalty": "jacobian"}], ids=str)
+def test_a_callers_default_device_does_not_matter_to_shaping(device, settings, elsewhere):
+    with torch.device("cpu"):
+        model, batch = built(SMALL, device)
+    with shaping.KSS(model, shaping.Settings(every=2, **settings)) as kss:
+        model(batch[:, :-1])
+        penalty = kss.penalty()
+        kss.step()
+        assert (penalty.device.type, kss.applied, kss.skipped) == (device, 1, 0)
+        assert kss.penalty().device.type == "cpu"  # of a step without
+
+
+def test_the_jacobian_penalty_seeds_no_other_device_than_the_models(device, monkeypatch):
+    with torch.device("cpu"):
+        model, batch = built(SMALL, device)
+    random = torch.cuda if device == "cuda" else torch
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded every device"))
+    before = random.get_rng_state()
+    with shaping.KSS(model, shaping.Settings(penalty="jacobian", every=1)) as kss:
+        model(batch[:, :-1])
+        kss.penalty()
+    assert kss.applied == 1 and torch.equal(before, random.get_rng_state())
+
+
 # replicas
 
 @pytest.mark.parametrize("name", SHAPES)

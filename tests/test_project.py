@@ -90,3 +90,10 @@ def test_a_wheel_holds_the_library_and_says_that_commands_need_a_checkout(tmp_pa
         assert (done.returncode, done.stdout) == (2, "")
         assert f"needs a checkout of the project, with its notebooks and committed runs, and {elsewhere}" in done.stderr
     assert not [*elsewhere.iterdir()]
+
+
+@pytest.mark.parametrize("target", ["promote", "reference", "audit"])
+def test_make_passes_a_scale_on(target):
+    printed = subprocess.run(["make", "-n", target, "STUDY=first_look", "SCALE=gpu", "VENV=none"], cwd=ROOT,
+                             capture_output=True, text=True).stdout
+    assert f"-m stability_lib {target}" in printed and "--scale gpu" in printed

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sweeps import THREE, Dying, Serial, Untouched, keys, keys_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stability_lib import data, models, replicas, runs, train
 from stability_lib.config import CHOICES, RunConfig, grid, replace, run_key
@@ -237,6 +238,53 @@ def test_the_time_of_a_step_is_measured_for_any_shape(tiny):
     assert overhead >= 0 and each > 0
 
 
+def test_eight_replicas_that_hardly_take_longer_than_two_say_nothing_of_the_rate(tiny, monkeypatch):
+    """As on a GPU that waits for its launches: 1 s, or 50 ms a replica where that is more."""
+    tried = []
+    monkeypatch.setattr(replicas, "_fastest_step", lambda config, n, device: (tried.append(n), max(1.0, 0.05 * n))[1])
+    replicas.step_seconds.cache_clear()
+    each = replicas.step_seconds(replicas.shape(tiny), "cpu")[1]
+    replicas.step_seconds.cache_clear()
+    assert tried == [2, 8, 32] and each == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("changes, alone", [
+    ({}, False), ({"precision": "bf16", "n_layers": 3}, False), ({"optimizer": "lion"}, True),
+    ({"shaping": "kss", "shaping_every": 1}, True), ({"gradient_penalty": 0.1}, True), ({"sam_rho": 0.1}, True),
+    ({"reparametrization": "spectral_norm"}, True)])
+def test_the_operations_of_a_step_are_about_as_many_as_are_dispatched(tiny, changes, alone):
+    class Counted(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.n += 1
+            return function(*args, **(kwargs or {}))
+
+    config, vocab = replace(tiny, **changes), data.vocab_size(tiny)
+    assert replicas.trains_with_others(config) != alone
+    learner = train.Single(config, vocab, "cpu") if alone else replicas.Replicas(
+        grid(config, seed=range(2)), vocab, "cpu")
+    with train.alone("cpu", 1):
+        train.take_step(learner, 1, learner.draw())
+        with Counted() as counted:
+            train.take_step(learner, 2, learner.draw())
+    assert 0.6 < replicas.operations(config) / counted.n < 1.5
+
+
+def test_the_reckoned_time_is_that_of_batches_of_what_trains_together_and_of_the_rest_one_by_one():
+    speed = replicas.Speed(launch=1e-5, flops_at_64=1e12, flops_at_512=8e12, flops_fp32=1e12, memory=1e12)
+    base = RunConfig(d_model=256, n_layers=2, steps=1000, precision="bf16")
+    flops = models.training_flops(base, data.vocab_size(base))
+    made = 1e-7 * models.n_params(base)
+    together = 1000 * 1e-5 * (2 * 224 + 150)
+    assert replicas.reckoned_seconds(grid(base, seed=range(2), lr=[0.01, 0.1]), speed) == pytest.approx(
+        together + 4 * (flops / 4e12 + 1000 * 5e-5 + made))
+    assert replicas.reckoned_seconds(grid(base, seed=range(2), optimizer=["lion"], precision=["fp32"]), speed) == (
+        pytest.approx(2 * (1000 * 1e-5 * (2 * 144 + 90) + flops / 1e12 + 1000 * 5e-5 + made)))
+    many = replicas.reckoned_seconds(grid(base, seed=range(200)), speed)
+    assert many >= 2 * together + 200 * flops / 4e12  # no batch takes longer than LIMIT
+
+
 # memory
 
 def short_of_memory(monkeypatch, most: int) -> list[int]:
@@ -268,6 +316,19 @@ def test_the_time_of_a_step_can_be_told_where_eight_replicas_find_no_memory(tiny
     tried = short_of_memory(monkeypatch, 4)
     overhead, each = replicas.step_seconds(replicas.shape(replace(tiny, seq_len=9)), "cpu")
     assert tried == [2, 8] and overhead == 0 and each > 0
+
+
+@pytest.mark.parametrize("words", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                                   "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_libraries_say_in_their_own_words_that_memory_ran_out(tiny, monkeypatch, words):
+    together = replicas._train
+
+    def scarce(configs, device):
+        if len(configs) > 2:
+            raise RuntimeError(words)
+        return together(configs, device)
+    monkeypatch.setattr(replicas, "_train", scarce)
+    assert [result.replicas for result in train_replicas(grid(tiny, seed=range(4)))] == [2] * 4
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory(tiny, monkeypatch):

@@ -7,14 +7,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from sweeps import THREE, TINY, Serial, Untouched, edited, keys, keys_in
 
-from stability_lib import data, models, runs, studies
-from stability_lib.config import replace
+from stability_lib import data, models, replicas, runs, studies, train
+from stability_lib.config import grid, replace
 from stability_lib.runs import MissingRuns, Store
 from stability_lib.train import RunResult
 
@@ -315,27 +314,30 @@ def test_the_extremes_of_a_row_are_those_of_its_run(store):
 # plans
 
 def test_an_estimate_is_measured_on_the_device_it_is_for(monkeypatch):
-    """An accelerator in the place of which stands a rule: a step launches its layers, 1 ms each and 1 ms more, or
-    computes 2e14 FLOPs a second, whatever takes longer. Shapes of a few FLOPs would say nothing about its rate."""
-    def step(config):
-        rate = models.training_flops(config, data.vocab_size(config)) / config.steps / 2e14
-        return max(1e-3 * (config.n_layers + 1), rate)
-
+    """An accelerator in the place of which stands a rule: a step of n replicas launches its layers, 2 ms each and 1 ms
+    more, and computes n times its FLOPs, at 3e10 FLOPs a second for each unit of width."""
     asked = []
 
-    def trained(config, device):
+    def step_seconds(config, device):
         asked.append(device)
-        return SimpleNamespace(seconds=0.2 + config.steps * step(config))
+        flops = models.training_flops(config, data.vocab_size(config)) / config.steps
+        return 1e-3 + 2e-3 * config.n_layers, flops / (3e10 * config.d_model) + 5e-5
 
-    monkeypatch.setattr(runs, "train_run", trained)
+    monkeypatch.setattr(replicas, "step_seconds", step_seconds)
+    monkeypatch.setattr(train, "memory", lambda device: 1e12)
     monkeypatch.setattr(runs, "resolve_device", lambda device: {"auto": "cuda"}.get(device, device))
-    runs._step_cost.cache_clear()
+    monkeypatch.setattr(train, "resolve_device", lambda device: device)
+    monkeypatch.setattr(runs, "train_run", lambda *_: pytest.fail("trained single runs to time replicas"))
+    replicas.measured.cache_clear()
     for size in studies.SIZES["gpu"]:
         config = replace(studies.base("gpu"), **size)
-        about = runs.estimate_seconds([config] * 2, "auto")
-        assert 0.5 < about / (2 * config.steps * step(config)) < 2
+        overhead, each = step_seconds(config, "cuda")
+        for n in (1, 2, 12):
+            batches = math.ceil(n / replicas._fitting(config, overhead, each, 1e12))
+            about = runs.estimate_seconds(grid(config, seed=range(n)), "auto")
+            assert about == pytest.approx(config.steps * (batches * overhead + n * each), rel=0.35)
     assert {*asked} == {"cuda"}
-    runs._step_cost.cache_clear()
+    replicas.measured.cache_clear()
 
 
 def test_an_estimate_for_a_device_that_is_not_here_is_a_named_error(monkeypatch):

@@ -5,36 +5,36 @@ import inspect
 
 import pytest
 
-from stability_lib import batch, studies
+from stability_lib import batch, models, replicas, studies
 from stability_lib.config import RunConfig, run_key
 
 GOLDEN = {
-    "first_look": ("2554cea6", "4bd9659a", "4ca4f47b", "12c6fcf9"),
-    "attention_logit_growth": ("5e96c1f0", "bda4b8ce", "726d441e", "ceddf09d"),
-    "attention_patterns": ("3ad3f9e8", "d4949ad0", "fa04bc7c", "037316a5"),
-    "output_logit_floor": ("a49cf61d", "786af0e1", "28544012", "c6b9d133"),
-    "output_logit_harm": ("4eb93c53", "ac90c4c1", "625db3e6", "fcd32fc5"),
-    "mu_parametrization": ("a0bf9d84", "86403daa", "80ac5fc1", "f53a9894"),
-    "divergence_sweep": ("27321b1f", "2ee10e3e", "7f451b75", "27a07177"),
-    "unseen_architectures": ("d6d14d62", "2910d2f1", "dc6e784b", "4767ca9c"),
-    "spectra_at_init": ("b54dfee1", "8d28834a", "bd424aa1", "ee992d65"),
-    "kss_divergence": ("5deded01", "f6cc54a4", "05a1c08c", "70b99fc9"),
-    "kss_dose": ("b002c90a", "c104433e", "c7e1791f", "00dcc1b6"),
-    "kss_readings": ("fbcd31a8", "d43200c4", "acd90282", "4b6e77e7"),
-    "kss_ablations": ("910f9844", "37232e21", "8341a4cd", "2bc26a1d"),
-    "kss_learning": ("1bf15f0b", "942fd47d", "0fe60db5", "510de25f"),
-    "warm_up": ("a2c184b8", "438102f6", "6565ab59", "56e4d0f6"),
-    "weight_decay": ("1b8bac46", "320d3205", "f22c4266", "df22640c"),
-    "steps_and_batch": ("74e6847a", "a9dcdf36", "5c5bbf8c", "408359e4"),
-    "other_optimizers": ("a51d710d", "00d70c7b", "e5596783", "28d3551e"),
-    "digits": ("007a9e37", "f3d28258", "aced07d3", "aced07d3"),
-    "width_and_depth": ("8c048e7d", "99a8533f", "57e16dc6", "2a2b48ab"),
-    "logit_growth_by_size": ("bddfcb1a", "f219f233", "6d226eea", "477edb82"),
-    "logit_growth_near_failure": ("ced30ef2", "f47f916b", "d7b541d2", "88801799"),
-    "logit_transplant": ("d9f2a52e", "391ab8d2", "d30f555d", "2e63cc37"),
-    "adam_epsilon": ("1670a61c", "8b9dd974", "2c0964c2", "a10d9e3e"),
-    "kss_baselines": ("776cdd93", "e9362512", "1d76e9f0", "c53cd774"),
-    "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "26446db2", "212288ad"),
+    "first_look": ("2554cea6", "4bd9659a", "3ab43710", "12c6fcf9"),
+    "attention_logit_growth": ("5e96c1f0", "bda4b8ce", "16b04d94", "ceddf09d"),
+    "attention_patterns": ("3ad3f9e8", "d4949ad0", "10c3c07f", "037316a5"),
+    "output_logit_floor": ("a49cf61d", "786af0e1", "ad518a84", "c6b9d133"),
+    "output_logit_harm": ("4eb93c53", "ac90c4c1", "6e0bc618", "fcd32fc5"),
+    "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
+    "divergence_sweep": ("27321b1f", "2ee10e3e", "5c7aec39", "27a07177"),
+    "unseen_architectures": ("d6d14d62", "2910d2f1", "ecbbe845", "4767ca9c"),
+    "spectra_at_init": ("b54dfee1", "8d28834a", "f1ea91dd", "ee992d65"),
+    "kss_divergence": ("5deded01", "f6cc54a4", "1b2e9bc9", "70b99fc9"),
+    "kss_dose": ("b002c90a", "c104433e", "02338618", "00dcc1b6"),
+    "kss_readings": ("fbcd31a8", "d43200c4", "43a37a0f", "4b6e77e7"),
+    "kss_ablations": ("910f9844", "37232e21", "483a2ea0", "2bc26a1d"),
+    "kss_learning": ("1bf15f0b", "942fd47d", "77db1dc5", "510de25f"),
+    "warm_up": ("a2c184b8", "438102f6", "1b36ba46", "56e4d0f6"),
+    "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
+    "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
+    "other_optimizers": ("a51d710d", "00d70c7b", "983c199c", "28d3551e"),
+    "digits": ("007a9e37", "f3d28258", "c0c5e9d1", "aced07d3"),
+    "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
+    "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
+    "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
+    "logit_transplant": ("d9f2a52e", "391ab8d2", "cb6115a8", "2e63cc37"),
+    "adam_epsilon": ("1670a61c", "8b9dd974", "c9021196", "a10d9e3e"),
+    "kss_baselines": ("776cdd93", "e9362512", "4ba3a8a4", "c53cd774"),
+    "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "4e62cfd3", "212288ad"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -65,6 +65,33 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
         for study in module.STUDIES:
             assert grids.setdefault(study.__name__, study) is study
     assert list(grids) == studies.names()
+
+
+LONGER = {"04_rksp_auroc": 16, "05_kss_divergence": 14, "10_kss_baselines": 24}
+"""Minutes of the chapters whose runs train one at a time, or whose batches the host makes: see docs/gpu.md."""
+NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
+                   "kss_largest_stable_lr", "spectra_at_init")
+
+
+@pytest.mark.parametrize("name", [name for name in studies.modules() if studies.of_chapter(name)])
+def test_a_chapter_at_scale_gpu_fits_a_coffee_break_on_the_assumed_card(name):
+    """What it shares with an earlier chapter counts there."""
+    earlier = {study for other in studies.modules() if other < name for study in studies.of_chapter(other)}
+    new = [c for study in studies.of_chapter(name) if study not in earlier for c in studies.configs(study, "gpu")]
+    assert replicas.reckoned_seconds(new) <= 60 * LONGER.get(name, 10)
+
+
+@pytest.mark.parametrize("study", studies.names())
+def test_scale_gpu_has_ten_times_the_size_and_length_of_cpu(study):
+    here, there = ([c for c in studies.configs(study, scale) if study != "spectra_at_init" or c.spectra_kreiss]
+                   for scale in ("gpu", "cpu"))
+    largest = [max(models.n_params(c) for c in configs) for configs in (here, there)]
+    assert largest[0] >= 10 * largest[1]
+    for name, pick in (("steps", min), ("steps", max)):
+        least = 1 if study in NOT_LONGER_RUNS else 10
+        assert pick(getattr(c, name) for c in here) >= least * pick(getattr(c, name) for c in there)
+    assert max(c.seq_len for c in here) >= max(c.seq_len for c in there)
+    assert {c.seed for c in here} >= {c.seed for c in there} or len({c.seed for c in here}) >= 3
 
 
 def test_an_unknown_chapter_study_or_scale_is_named():

@@ -7,7 +7,7 @@ from ..studies import PAPER_LRS, SIZES, base, check_scale
 
 def attention_logit_growth(scale: str) -> list[RunConfig]:
     """LR against final loss by size, without and with qk-norm, three seeds (paper P, Figs 1, 2, E.1)."""
-    lrs = PAPER_LRS[2:] if check_scale(scale) == "quick" else PAPER_LRS
+    lrs = PAPER_LRS[{"quick": 2, "gpu": 1}.get(check_scale(scale), 0):]
     return grid(base(scale), size=SIZES[scale], qk_norm=["none", "head"], lr=lrs, seed=[0, 1, 2])
 
 

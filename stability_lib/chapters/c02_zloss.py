@@ -9,9 +9,10 @@ from ..studies import check_scale
 def output_logit_floor(scale: str) -> list[RunConfig]:
     """How far and how fast the logits of symbols that never occur sink, by AdamW's eps and beta2, by
     learning rate, by the number of such symbols, and with z-loss or weight decay (paper P, Fig. 4)."""
-    steps = dict(quick=300, cpu=1500, gpu=10_000, paper=20_000)[check_scale(scale)]
-    setting = RunConfig(d_model=32, n_layers=1, n_heads=2, seq_len=16, batch_size=8, eval_sequences=128, lr=1e-2,
-                        vocab_size=2048, z_loss=0.0, weight_decay=0.0, **_length(steps))
+    steps = dict(quick=300, cpu=1500, gpu=15_000, paper=20_000)[check_scale(scale)]
+    wider = dict(d_model=128, n_heads=4, seq_len=32) if scale == "gpu" else {}
+    setting = RunConfig(**dict(d_model=32, n_heads=2, seq_len=16) | wider, n_layers=1, batch_size=8,
+                        eval_sequences=128, lr=1e-2, vocab_size=2048, z_loss=0.0, weight_decay=0.0, **_length(steps))
     seeds = [0, 1, 2]
     if scale == "quick":  # too short for beta2 0.95
         return grid(setting, vocab_size=[1024], beta2=[0.9], eps=[1e-8, 1e-6, 1e-4], seed=seeds)
@@ -26,15 +27,16 @@ def output_logit_harm(scale: str) -> list[RunConfig]:
     """Where the drift could cost loss. High learning rates in bf16 with neither z-loss nor weight decay,
     with either (paper P, Fig. 3), and without z-loss and with in fp32, with a BPE vocabulary, a wider model, a smaller
     eps, a longer run and no cosine."""
-    steps = dict(quick=200, cpu=1000, gpu=20_000, paper=100_000)[check_scale(scale)]
-    setting = RunConfig(d_model=64, n_layers=1, seq_len=16, batch_size=8, weight_decay=0.0, precision="bf16",
+    steps = dict(quick=200, cpu=1000, gpu=10_000, paper=100_000)[check_scale(scale)]
+    width, seq_len = (256, 32) if scale == "gpu" else (64, 16)
+    setting = RunConfig(d_model=width, n_layers=1, seq_len=seq_len, batch_size=8, weight_decay=0.0, precision="bf16",
                         **_length(steps))
     neither, z_loss, decay = dict(z_loss=0.0), dict(z_loss=1e-4), dict(z_loss=0.0, weight_decay=1e-4)
     if scale == "quick":
         return grid(setting, lr=[3e-1, 3.0], cure=[neither, z_loss], seed=[0, 1, 2])
     subwords = dict(tokenizer="bpe", vocab_size=2048, **_length(steps // 2))
-    others = [subwords, subwords | dict(lr=3e-1), dict(d_model=128, n_heads=8), dict(eps=1e-15), _length(3 * steps),
-              dict(lr_final=1.0)]
+    others = [subwords, subwords | dict(lr=3e-1), dict(d_model=2 * width, n_heads=8), dict(eps=1e-15),
+              _length(3 * steps), dict(lr_final=1.0)]
     return [*grid(setting, lr=[1e-1, 3e-1, 1.0, 3.0], cure=[neither, z_loss, decay], seed=range(5)),
             *grid(replace(setting, precision="fp32"), lr=[1.0, 3.0], cure=[neither, z_loss], seed=range(5)),
             *grid(replace(setting, lr=1.0), other=others, cure=[neither, z_loss], seed=[0, 1, 2])]

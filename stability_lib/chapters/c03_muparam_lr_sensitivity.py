@@ -10,11 +10,12 @@ def mu_parametrization(scale: str) -> list[RunConfig]:
     standard, simple = dict(parametrization="standard"), dict(parametrization="mup_simple")
     arms = [standard, simple, dict(parametrization="mup_full")]  # at the base width the first two are one model
     widths, lrs = {"quick": ([16, 64], [3e-3, 3e-2, 3e-1]), "cpu": ([24, 48, 96, 192], PAPER_LRS[1:]),
-                   "gpu": ([64, 128, 256, 512], PAPER_LRS[1:]),
+                   "gpu": ([80, 160, 320, 640], PAPER_LRS[1:]),
                    "paper": ([256, 512, 1024, 2048], PAPER_LRS)}[check_scale(scale)]
     setting = replace(short(scale), n_layers=2, base_width=widths[0])
-    if scale in ("quick", "cpu"):
-        setting = replace(setting, batch_size=16, steps=80 if scale == "quick" else 120, warmup_steps=6)
+    if scale != "paper":
+        steps = {"quick": 80, "cpu": 120, "gpu": 1200}[scale]
+        setting = replace(setting, batch_size=16, steps=steps, warmup_steps=60 if scale == "gpu" else 6)
     if scale != "quick":
         arms += [dict(parametrization="mup_intermediate"), simple | dict(attention_scale="1/d_h"),
                  standard | dict(qk_norm="none"), simple | dict(qk_norm="none")]

@@ -7,7 +7,7 @@ from ..studies import RECALL, check_scale
 _SWEEP = {
     "quick": ([(32, 2)], [1e-2, 3e-2, 8e-1], 60),
     "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
-    "gpu": ([(128, 4), (256, 4), (128, 8), (256, 8)], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 2000),
+    "gpu": ([(128, 2), (256, 4)], [3e-3, 1e-2, 3e-2, 2e-1, 8e-1], 2000),
     "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),
 }
 """Widths and depths, learning rates and steps of chapter 04."""
@@ -25,7 +25,7 @@ def divergence_sweep(scale: str) -> list[RunConfig]:
 def unseen_architectures(scale: str) -> list[RunConfig]:
     """Architectures and a size that `divergence_sweep` lacks, at its learning rates, to hold forecasts of
     the largest stable one to."""
-    d_model, n_layers = {"quick": (32, 2), "cpu": (48, 3), "gpu": (192, 6), "paper": (384, 6)}[check_scale(scale)]
+    d_model, n_layers = {"quick": (32, 2), "cpu": (48, 3), "gpu": (160, 3), "paper": (384, 6)}[check_scale(scale)]
     without = [dict(init="xavier"), dict(init="fan_in"), dict(residual="scaled"), dict(residual="rezero"),
                dict(qk_norm="head")]
     arms = [*(dict(norm="no_norm") | arm for arm in without), dict(norm="pre_ln", init="fan_in"),

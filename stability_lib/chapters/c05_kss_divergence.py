@@ -11,7 +11,7 @@ from ..studies import RECALL, SCALES, check_scale
 CONTROL = {
     "quick": dict(d_model=64, n_layers=4, seq_len=16, batch_size=16, steps=120, warmup_steps=50, eval_sequences=128),
     "cpu": dict(d_model=64, n_layers=4, seq_len=16, steps=300, warmup_steps=100),
-    "gpu": dict(d_model=128, n_layers=4, seq_len=64, steps=1000, warmup_steps=100),
+    "gpu": dict(d_model=256, n_layers=4, seq_len=64, steps=300, warmup_steps=100),
     "paper": dict(d_model=256, n_layers=6, seq_len=64, steps=10_000, warmup_steps=1000),
 }
 """Models without norms on associative recall, in which divergence is to be prevented (paper K, Sec. 3.3, Table 3)."""
@@ -25,14 +25,17 @@ PENALTY_ALPHAS = dict(near_unit=290.0, random_l2=1160.0, residual_norm=1200.0, a
 
 
 def control(scale: str, **changes) -> RunConfig:
-    """A model without norms and without control against divergence, read six times on its way."""
+    """A model without norms and without control against divergence, read six times on its way, at scale `gpu`, where a
+    reading takes longer than the steps between, three times."""
     settings = RECALL | CONTROL[check_scale(scale)] | dict(norm="no_norm")
-    return RunConfig(**settings | dict(spectra_every=settings["steps"] // 6) | changes)
+    readings = 3 if scale == "gpu" else 6
+    return RunConfig(**settings | dict(spectra_every=settings["steps"] // readings) | changes)
 
 
 def control_lrs(scale: str) -> list[float]:
     """Within paper K's range, LR 0.005 to 0.01; higher ones where a run is too short to diverge there."""
-    return [8e-3, 1e-2, 1.2e-2] if scale == "quick" else [5e-3, 5.5e-3, 6.1e-3, 6.7e-3, 7.4e-3, 8.2e-3, 9.1e-3, 1e-2]
+    few = {"quick": [8e-3, 1e-2, 1.2e-2], "gpu": [5e-3, 7.4e-3, 1e-2]}
+    return few.get(scale, [5e-3, 5.5e-3, 6.1e-3, 6.7e-3, 7.4e-3, 8.2e-3, 9.1e-3, 1e-2])
 
 
 def control_seeds(scale: str) -> list[int]:
@@ -77,10 +80,16 @@ def kss_divergence(scale: str) -> list[RunConfig]:
 
 def kss_dose(scale: str) -> list[RunConfig]:
     """Divergence against alpha and how often KSS is applied, beside what `kss_divergence` has of it."""
-    alphas, everies = ([0.15, 5.0], [1, 10]) if scale == "quick" else ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10])
-    cells = grid(control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies,
-                 lr=control_lrs(scale)[3::2] or control_lrs(scale)[-1:], seed=control_seeds(scale)[:2])
+    alphas, everies = {"quick": ([0.15, 5.0], [1, 10]), "gpu": ([0.15, 1.5, 5.0, 20.0], [1, 10])}.get(
+        scale, ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10]))
+    cells = grid(control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies, **_few(scale))
     return [config for config in cells if config not in kss_divergence(scale)]
+
+
+def _few(scale: str) -> dict:
+    """Fewer learning rates and seeds, as axes of `grid`; at least three runs where one learning rate is left."""
+    return dict(lr=control_lrs(scale)[3::2] or control_lrs(scale)[-1:],
+                seed=control_seeds(scale)[:3 if scale == "gpu" else 2])
 
 
 def kss_readings(scale: str) -> list[RunConfig]:
@@ -89,8 +98,8 @@ def kss_readings(scale: str) -> list[RunConfig]:
                 dict(shaping_gradient="output"), dict(shaping_reduction="mean"), dict(shaping_beta=10.0)]
     if scale == "quick":
         readings = readings[1:3]
-    return grid(control(scale, **EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale == "quick":],
-                lr=control_lrs(scale)[3::2] or control_lrs(scale)[-1:], seed=control_seeds(scale)[:2])
+    return grid(control(scale, **EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale in ("quick", "gpu"):],
+                **_few(scale))
 
 
 def kss_ablations(scale: str) -> list[RunConfig]:
@@ -111,8 +120,8 @@ def kss_learning(scale: str) -> list[RunConfig]:
     if scale == "quick":
         return grid(setting, arm=[{}, EVERY_STEP], lr=[6e-3], seed=control_seeds(scale))
     steps = max(1500, setting.steps)
-    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=[1.5e-3, 3e-3, 6e-3, 1.2e-2],
-                seed=control_seeds(scale))
+    lrs = [3e-3, 6e-3] if scale == "gpu" else [1.5e-3, 3e-3, 6e-3, 1.2e-2]
+    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=lrs, seed=control_seeds(scale))
 
 
 STUDIES = (kss_divergence, kss_dose, kss_readings, kss_ablations, kss_learning)

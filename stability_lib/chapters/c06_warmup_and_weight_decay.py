@@ -40,8 +40,9 @@ def steps_and_batch(scale: str) -> list[RunConfig]:
 def other_optimizers(scale: str) -> list[RunConfig]:
     """Attention logits and qk-norm under AdamW, Lion and LAMB."""
     setting = replace(short(scale), probe_every=short(scale).steps // 10)
-    return grid(setting, size=_two_sizes(scale)[:1], optimizer=CHOICES["optimizer"], qk_norm=["none", "head"],
-                lr=_high_lrs(scale), seed=[0, 1, 2])
+    lrs = _high_lrs(scale)[1::2] if scale == "gpu" else _high_lrs(scale)  # Lion and LAMB train one run at a time
+    return grid(setting, size=_two_sizes(scale)[:1], optimizer=CHOICES["optimizer"], qk_norm=["none", "head"], lr=lrs,
+                seed=[0, 1, 2])
 
 
 def digits(scale: str) -> list[RunConfig]:
@@ -49,11 +50,13 @@ def digits(scale: str) -> list[RunConfig]:
     steps = short(scale).steps if scale in ("quick", "cpu") else 2000
     setting = RunConfig(data="digits", seq_len=64, positions="learned", steps=steps, warmup_steps=steps // 20,
                         probe_every=steps // 10)
-    return grid(setting, size=[size(32, 2)], qk_norm=["none", "head"], lr=_high_lrs(scale), seed=[0, 1, 2])
+    sizes = [size(96, 3, 32) if scale == "gpu" else size(32, 2)]
+    return grid(setting, size=sizes, qk_norm=["none", "head"], lr=_high_lrs(scale), seed=[0, 1, 2])
 
 
 def _two_sizes(scale: str) -> list[dict]:
-    return {"quick": [size(32, 2)], "cpu": [size(32, 2), size(64, 3)]}.get(scale, SIZES[scale][:3])
+    return {"quick": [size(32, 2)], "cpu": [size(32, 2), size(64, 3)], "gpu": SIZES["gpu"][:2]}.get(
+        scale, SIZES[scale][:3])
 
 
 def _lrs(scale: str) -> tuple[float, ...]:

@@ -10,8 +10,8 @@ def width_and_depth(scale: str) -> list[RunConfig]:
     number of parameters (paper P, Figs 7, E.2, E.3)."""
     sizes = {"quick": [size(32, 1), size(64, 1), size(32, 4), size(48, 2)],
              "cpu": [size(32, 2), size(64, 2), size(96, 2), size(32, 8), size(32, 16), size(48, 3), size(64, 4)],
-             "gpu": [size(d, n, 32) for d, n in [(128, 3), (256, 3), (384, 3), (512, 3), (128, 12), (128, 24),
-                                                 (128, 48), (192, 4), (256, 6), (320, 8)]],
+             "gpu": [size(d, n, 32) for d, n in [(128, 2), (256, 2), (384, 2), (128, 8), (128, 16), (192, 3),
+                                                 (256, 4)]],
              "paper": [size(d, n, 64) for d, n in [(512, 6), (1024, 6), (1536, 6), (2048, 6), (512, 24), (512, 48),
                                                    (512, 96), (768, 9), (1024, 12), (1280, 15)]]}[check_scale(scale)]
     setting = replace(short(scale), batch_size=16) if scale in ("quick", "cpu") else short(scale)

@@ -8,7 +8,7 @@ from .c01_attention_logit_growth import attention_logit_growth
 _SIZES_BETWEEN = {
     "quick": [size(16, 1), size(48, 2)],
     "cpu": [size(16, 1), size(48, 3), size(80, 4)],
-    "gpu": [size(32, 2), size(96, 3, 32), size(192, 5, 32), size(384, 7, 64)],
+    "gpu": [size(64, 3), size(128, 4, 32), size(256, 5, 32)],
     "paper": [size(128, 2, 64), size(384, 4, 64), size(640, 9, 64), size(896, 18, 64)],
 }
 """Sizes between and below those of chapter 01."""

@@ -30,10 +30,12 @@ def kss_largest_stable_lr(scale: str) -> list[RunConfig]:
     arms = [{}, EVERY_STEP]
     if scale == "quick":
         return grid(control(scale), arm=arms, lr=[5e-3, 1e-2, 2e-2, 4e-2], seed=control_seeds(scale))
-    without = grid(control(scale), arm=arms, lr=[2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 2.8e-2, 4e-2, 8e-2],
-                   seed=range(5))
-    return [*without, *grid(control(scale), norm=["pre_ln", "rmsnorm"], arm=arms,
-                            lr=[0.1, 0.2, 0.4, 0.8, 1.6, 3.2], seed=range(5))]
+    lrs, normed = [2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 2.8e-2, 4e-2, 8e-2], [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
+    seeds = range(5)
+    if scale == "gpu":
+        lrs, normed, seeds = [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2], [0.1, 0.4, 1.6], range(3)
+    return [*grid(control(scale), arm=arms, lr=lrs, seed=seeds),
+            *grid(control(scale), norm=["pre_ln", "rmsnorm"], arm=arms, lr=normed, seed=seeds)]
 
 
 STUDIES = (kss_divergence, kss_baselines, kss_largest_stable_lr)
