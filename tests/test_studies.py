@@ -35,6 +35,8 @@ GOLDEN = {
     "adam_epsilon": ("1670a61c", "8b9dd974", "2c0964c2", "a10d9e3e"),
     "kss_baselines": ("776cdd93", "e9362512", "1d76e9f0", "c53cd774"),
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "26446db2", "212288ad"),
+    "language_text": ("769d203e", "537253f1", "4a8aacc6", "e9a21b37"),
+    "language_synthetic": ("6c98ecca", "6a031a30", "838f3dfb", "bfb25cf8"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
