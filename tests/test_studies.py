@@ -35,6 +35,12 @@ GOLDEN = {
     "adam_epsilon": ("1670a61c", "8b9dd974", "c9021196", "a10d9e3e"),
     "kss_baselines": ("776cdd93", "e9362512", "4ba3a8a4", "c53cd774"),
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "4e62cfd3", "212288ad"),
+    "language_text": ("769d203e", "537253f1", "4a8aacc6", "e9a21b37"),
+    "language_synthetic": ("6c98ecca", "20774df8", "2296506d", "dd599d5b"),
+    "vision": ("c2f42c12", "6cce8070", "2a910689", "865d8672"),
+    "profiles": ("0bde522b", "926827c0", "926827c0", "926827c0"),
+    "architectures": ("efa947d0", "70fa3d1f", "62ef7a11", "36acdf72"),
+    "router_collapse": ("ed2b84c7", "6b546c39", "1c9e1eae", "6ba9d486"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
