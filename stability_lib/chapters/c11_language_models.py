@@ -62,7 +62,7 @@ def _runs(source: str, scale: str) -> list[RunConfig]:
         if scale == "quick":
             found += grid(base, arm=arms[:2], lr=[LADDER[1], EDGE[name][-1]], seed=[42, 123])
         elif scale == "gpu":
-            found += grid(base, arm=arms[:3], lr=[3e-4, 1e-3, 3e-3, 1e-2], seed=[42, 123, 456])
+            found += grid(base, arm=arms[:2], lr=[3e-4, 1e-3, 3e-3, 1e-2], seed=[42, 123, 456])
         else:
             found += grid(base, arm=arms, lr=LADDER if scale == "cpu" else [1e-4, 2e-4, 4e-4, 8e-4],
                           seed=[42, 123, 456])

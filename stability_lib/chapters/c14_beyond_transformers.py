@@ -27,7 +27,7 @@ TRAINED = {
     "quick": dict(d_model=32, n_layers=2, vocab_size=16, seq_len=8, recall_pairs=3, batch_size=16, steps=60,
                   warmup_steps=6, eval_sequences=64),
     "cpu": dict(d_model=64, n_layers=2, vocab_size=16, seq_len=8, recall_pairs=3, steps=500, warmup_steps=50),
-    "gpu": dict(d_model=128, n_layers=4, vocab_size=64, seq_len=32, steps=1500, warmup_steps=150),
+    "gpu": dict(d_model=192, n_layers=4, vocab_size=64, seq_len=32, steps=600, warmup_steps=60),
     "paper": dict(d_model=256, n_layers=6, seq_len=64, steps=10_000, warmup_steps=1000),
 }
 """Associative recall, with three pairs of 16 symbols at `cpu`, so short that it can be learned in these steps (fan-in
@@ -52,8 +52,8 @@ def profiles(scale: str) -> list[RunConfig]:
     """Profiles of untrained models by architecture, at three initializations, and of ones that start near the identity
     (Tables 11, 16 to 18, Fig. 6, App. J)."""
     setting = RECALL | dict(seq_len=64, d_model=128, n_layers=4)
-    if check_scale(scale) == "quick":
-        setting |= dict(seq_len=32, d_model=64, n_layers=2)
+    if check_scale(scale) != "cpu":
+        setting |= dict(seq_len=32, d_model=64, n_layers=2) if scale == "quick" else dict(d_model=416)
     kinds = [*ARCHITECTURES.values(), *EXPERTS.values(), *GRIDS.values(), dict(residual="rezero")]
     found = grid(untrained(RunConfig(**setting)), kind=kinds, init=["gpt2", "fan_in", "pytorch"], seed=[42, 123, 456])
     return list(dict.fromkeys(found))
@@ -71,7 +71,7 @@ def architectures(scale: str) -> list[RunConfig]:
     if scale == "quick":
         arms, lrs, seeds = [*plain[:3], *plain[5:6], *plain[8:9], shaped[2]], [4e-3, 1.2], [42]
     elif scale == "gpu":
-        lrs = LRS[:6:2]
+        lrs = LRS[1:6:3]
     return grid(base, arm=arms, lr=lrs, seed=seeds)
 
 
@@ -80,8 +80,9 @@ def router_collapse(scale: str) -> list[RunConfig]:
     setting = RECALL | dict(init="fan_in", diverge_grad_norm=None) | TRAINED[check_scale(scale)]
     every = setting["steps"] // 20
     base = RunConfig(**setting | EXPERTS["8 experts k=1"] | dict(probe_every=every, spectra_every=every))
-    return grid(base, load_balance=[0.0, 0.01], lr=[3e-3] if scale == "quick" else [1e-3, 1e-2, 1e-1],
-                seed=[42, 123] if scale == "quick" else [42, 123, 456, 1, 2, 3])
+    if scale in ("quick", "gpu"):
+        return grid(base, load_balance=[0.0, 0.01], lr=[3e-3], seed=[42, 123, 456][: 2 if scale == "quick" else 3])
+    return grid(base, load_balance=[0.0, 0.01], lr=[1e-3, 1e-2, 1e-1], seed=[42, 123, 456, 1, 2, 3])
 
 
 STUDIES = (profiles, architectures, router_collapse)
