@@ -34,7 +34,9 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
     """
     from . import checkpoint  # needs the extra `pretrained`
 
-    stems = [_file_name(name) for name in names]
+    stems = [_file_name(Path(name).resolve().name if Path(name).exists() else name) for name in names]
+    if len(set(stems)) < len(names):
+        stems = [_file_name(name) for name in names]
     if len(set(stems)) < len(names):
         raise ProfileError(f"{' and '.join(names)} are one: compare two models")
     texts = None if prompts is None else _lines(prompts)
@@ -105,24 +107,20 @@ def _plane(profile: Profile) -> Figure:
 
 
 def _depth(profiles: Mapping[str, Profile]) -> Figure:
-    """Every metric against relative depth, a line a model; hollow where a layer is degenerate."""
+    """Every metric against depth, a line a model; hollow where a layer is degenerate."""
     from seaborn import color_palette
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(-(-len(SHOWN) // 4), 4).flat
-    for ax, metric in zip(axes, SHOWN, strict=False):
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    for ax, metric in zip(figure.subplots(2, len(SHOWN) // 2).flat, SHOWN, strict=True):
         for (name, profile), colour in zip(profiles.items(), color_palette("deep"), strict=False):
             table = profile.table()
             values = table[metric].replace([np.inf, -np.inf], np.nan)
             ax.plot(table["layer"], values, ".-", color=colour, label=name)
             ax.plot(table["layer"][table["degenerate"]], values[table["degenerate"]], "o", mfc="white", color=colour)
-            if metric in ("spectral_radius", "eigenvector_condition", "kreiss_scaled", "update_size") and (
-                    values.dropna() > 0).all() and values.notna().any():
+            if values.min() > 0 and values.max() > 20 * values.min():
                 ax.set_yscale("log")
         ax.set_title(metric.replace("_", " "), fontsize=10)
         ax.set_xlabel("layer", fontsize=9)
-    for ax in list(axes):  # what is left of the grid
-        ax.set_visible(False)
     if len(profiles) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
@@ -188,8 +186,8 @@ eigenvalues.</li>
 <li><b>near unit mass</b> (M1): the share of eigenvalues in the ring; <b>expansive</b>, <b>contractive</b>, <b>mid</b>:
 the shares beyond it, below 0.80 and between. <b>spectral radius</b>: the largest modulus. <b>eigenvector condition</b>
 (kappa): 1 for orthogonal eigenvectors; the larger, the less the eigenvalues say of what happens in a few layers.
-<b>nonlinearity</b> (eta): the part of the layer's update that the fit misses. <b>reliable share</b>: of eigenvalues with
-a residual up to 0.1. <b>update size</b>: how large the update is beside the stream.</li>
+<b>nonlinearity</b> (eta): the part of the layer's update that the fit misses. <b>reliable share</b>: of eigenvalues
+with a residual up to 0.1. <b>update size</b>: how large the update is beside the stream.</li>
 <li>eta and residuals are in-sample: with N token states for M modes eta is about sqrt(1 - M/N) of what other states
 would show. {{ per_mode }} states a mode make that 0.87.</li></ul>
 <h2>What this does not mean</h2><ul>
