@@ -204,6 +204,7 @@ def _on_meta(folder: Path, device: torch.device) -> nn.Module:
             raise ProfileError("its weights are quantised: dequantise it, or profile the model it was made from")
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model.tie_weights()  # each got an empty one of its own
     except Exception as error:  # what configs of other versions, or of code of their own, make transformers raise
         raise ProfileError(f"no model can be built from {folder / 'config.json'}: {_first_line(error)}") from error
     for module in model.modules():
