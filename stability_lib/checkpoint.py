@@ -81,6 +81,8 @@ def profile(path: str | Path, prompts: Sequence[str] | Tensor | Mapping | None =
     path, device = Path(path).expanduser(), torch.device(device or "cpu")
     if layers is not None and not isinstance(layers, str):
         raise ProfileError(f"layers must be the name of the stack, got {layers!r:.60}: the model is not loaded yet")
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise ProfileError(f"{path} is no folder and no GGUF file: pass a folder as save_pretrained writes it")
     whole = path.suffix == ".gguf"
     if whole:
         model, shards = _dequantised(path).to(device), {}
