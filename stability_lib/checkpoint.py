@@ -24,7 +24,7 @@ try:
 except ImportError as missing:
     raise ImportError(f"profiles of checkpoints need {missing.name}: pip install -e '.[pretrained]'") from missing
 
-from . import koopman
+from . import __version__, koopman
 from .profiles import LayerProfile, Profile, write_whole
 from .prompts import PROMPTS
 from .stream import ProfileError, residual_layers
@@ -293,10 +293,10 @@ def _read(keys: Iterable[str], shards: Mapping[str, Path]) -> dict[str, Tensor]:
 
 
 def _identity(path: Path, inputs: Mapping, used: Mapping, device: torch.device) -> str:
-    """A hash of the files, the inputs and the settings that layers' results depend on."""
+    """A hash of what layers' results depend on: files, inputs, settings, the library."""
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     told = hashlib.sha256(repr(([(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files],
-                                sorted(used.items()), str(device))).encode())
+                                sorted(used.items()), str(device), __version__)).encode())
     for name, value in sorted(inputs.items()):
         told.update(name.encode() + (value.cpu().numpy().tobytes() if isinstance(value, Tensor) else b""))
     return told.hexdigest()[:16]

@@ -147,8 +147,7 @@ class Profile:
             advice += f"; {skipped} of {len(self)} layers near the identity not scored"
         failed, runs = FLOW_RECORD[word]
         return (f"{word}: {text}{advice}{self._reach()}; the flow is meant for models at initialization\n"
-                f"in chapter 04 (small models, learning rates up to 0.03) {failed} of {runs} runs with this verdict "
-                "diverged")
+                f"chapter 04, learning rates up to 0.03: {failed} of {runs} runs with this verdict diverged")
 
     def _reach(self) -> str:
         """Which modes the numbers are of, where not of all, and whether they were fitted without a remainder."""
