@@ -1,4 +1,4 @@
-"""The command line: `stability-lib reproduce | reference | promote | audit`, or `python -m stability_lib ...`."""
+"""The command line: `stability-lib reproduce | reference | promote | audit | profile`, or `python -m stability_lib`."""
 
 import argparse
 import ast
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import batch, cluster, data, runs, studies
-from .train import DEVICES
+from .train import DEVICES, resolve_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,17 +43,30 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--seed", type=int, help="choose the same runs again")
     audit.add_argument("--scale", default="cpu", help="whose reference (default cpu)")
 
-    for command in (reproduce, reference, audit):
+    profile = commands.add_parser("profile", help="spectral profile of a model: a folder, a GGUF file, or a Hugging "
+                                  "Face id, which is fetched; writes an HTML page and JSON")
+    profile.add_argument("model", nargs="?", help="folder, .gguf, owner/name, or a profile's .json")
+    profile.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models on one page")
+    profile.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default 32 of the library's)")
+    profile.add_argument("--revision", help="of a Hugging Face id: branch, tag or commit")
+    profile.add_argument("--layers", metavar="NAME", help="the stack of layers, where the model has several")
+    profile.add_argument("--rank", type=int, help="profile the RANK largest directions of the states")
+    profile.add_argument("--snapshots", type=int, default=2048, metavar="N", help="token states (default 2048)")
+    profile.add_argument("--output", type=Path, default=Path("reports/profiles"), metavar="DIR",
+                         help="folder for page and JSON (default reports/profiles)")
+
+    for command in (reproduce, reference, audit, profile):
         command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
         command.add_argument("--cluster", metavar="ADDRESS", default=os.environ.get(cluster.CLUSTER, ""),
                              help="train on a Dask cluster: tcp://HOST:8786, or local:4 for four processes here")
 
     options = parser.parse_args(arguments)
     try:
-        command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit}
+        command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit,
+                   "profile": _profile}
         return command[options.command](options)
     except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
-            OSError) as error:
+            OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -117,6 +130,21 @@ def _audit(options) -> int:
     print(table.to_string(index=False))
     print(f"{int(table['agrees'].sum())} of {len(table)} agree (stable runs within {options.tolerance:g} nats)")
     return int(not table["agrees"].all())
+
+
+def _profile(options) -> int:
+    if bool(options.model) == bool(options.compare):
+        raise ValueError("profile takes one model, or two after --compare")
+    from . import pages  # drawing libraries take seconds to import
+
+    device = resolve_device(options.device)
+    found, page = pages.report(options.compare or [options.model], options.output.expanduser(), prompts=options.prompts,
+                               revision=options.revision, layers=options.layers, rank=options.rank,
+                               snapshots=options.snapshots, device=device)
+    for name, profile in found.items():
+        print(f"{name}\n{pages.shown(profile).round(3).to_string()}\n{profile.verdict()}\n")
+    print(f"page: {page}")
+    return 0
 
 
 if __name__ == "__main__":

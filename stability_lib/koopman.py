@@ -15,12 +15,10 @@ Dimensions: B batch, T position, D model, N snapshots (token states), M modes, K
 import contextlib
 import functools
 import inspect
-import itertools
 import math
 import os
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +31,16 @@ from tqdm.auto import tqdm
 
 from .config import unknown
 from .profiles import METRICS, PAPER, LayerProfile, Profile, Thresholds, draw_depth, draw_eigenvalues  # noqa: F401
-from .stream import ProfileError, features_last, input_states, residual_layers, stream_states, token_mask, unwrapped
+from .stream import (
+    ProfileError,
+    features_last,
+    input_states,
+    residual_layers,
+    stream_states,
+    token_mask,
+    untouched,
+    unwrapped,
+)
 
 SMALL = 1e-12
 """The small number in the denominators of eqs. 5 and 10, which the paper does not name."""
@@ -45,8 +52,8 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
             layers: str | Sequence[nn.Module] | None = None, positions: str | Sequence[int] | Callable = "all",
             snapshots: int | None = 2048, seed: int = 0, rank: int | None = None, eps: float = 1e-5,
             cutoff: float | None = None, thresholds: Thresholds = PAPER, kreiss: bool | None = None,
-            channel_dim: int | None = None, device: torch.device | str | None = None,
-            progress: bool = False) -> Profile:
+            channel_dim: int | None = None, device: torch.device | str | None = None, progress: bool = False,
+            kept: MutableMapping[int, LayerProfile] | None = None) -> Profile:
     """Profile the residual stream of `model` on a forward pass in eval mode; model and RNGs stay as they were.
 
     Args:
@@ -59,6 +66,7 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
         rank, eps, cutoff, thresholds, kreiss, device: as in `layer_profile`.
         channel_dim: which dimension of the states is D, where it is not the last: 1 for [B, C, H, W].
         progress: show a bar, but under the batch runner.
+        kept: finished layers by their number, which are not analysed again, and into which others are put as they come.
 
     A layer's X is what it is called with, its Y the stream in its output, before any final norm. Compiled models run
     eagerly. Layers are reduced as they stream by: beside the forward pass, only a few times 2 D x N numbers are alive;
@@ -71,11 +79,13 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
     stack = residual_layers(model, layers)
     choose = functools.partial(_choose, positions=positions, seed=seed)
     watch = functools.partial(_watch, unwrapped(model), stack, channel_dim=channel_dim, side_by_side=layers is not None)
-    found: list[LayerProfile] = []
+    found, kept = [], {} if kept is None else kept
     with _bar(len(stack), progress) as bar:
         def reduce(x: Tensor, y: Tensor) -> None:
-            found.append(layer_profile(x, y, layer=len(found), rank=rank, eps=eps, cutoff=cutoff, device=device,
-                                       thresholds=thresholds, kreiss=kreiss, seed=seed))
+            if (layer := len(found)) not in kept:
+                kept[layer] = layer_profile(x, y, layer=layer, rank=rank, eps=eps, cutoff=cutoff, device=device,
+                                            thresholds=thresholds, kreiss=kreiss, seed=seed)
+            found.append(kept[layer])
             bar.update()
 
         if isinstance(inputs, (Tensor, Mapping, tuple)):
@@ -84,6 +94,13 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
             for pairs in _gather(watch, inputs, choose, snapshots):
                 reduce(*(torch.cat(states) for states in zip(*pairs, strict=True)))
     return Profile(tuple(found), thresholds, rank)
+
+
+def profile_checkpoint(path, prompts=None, **settings) -> Profile:
+    """`checkpoint.profile`: of a model on disk, of any size, a layer at a time."""
+    from .checkpoint import profile as of_checkpoint  # needs the extra `pretrained`
+
+    return of_checkpoint(path, prompts, **settings)
 
 
 def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, layer: int = 0, rank: int | None = None,
@@ -384,7 +401,7 @@ def _watch(model: nn.Module, stack: list[nn.Module], batch, choose: Callable, re
         receive(runs, x, y)
         runs += 1
 
-    with _untouched(model), contextlib.ExitStack() as hooks:
+    with untouched(model), contextlib.ExitStack() as hooks:
         for layer in dict.fromkeys(stack):  # a shared layer is hooked once and counts each time it runs
             hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(layer.register_forward_hook(leave).remove)
@@ -467,32 +484,3 @@ def _choose(model: nn.Module, inputs, args: tuple, kwargs: Mapping, shape: torch
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
         rows = rows[order[:snapshots].sort().values]
     return rows
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eager, in eval mode, without gradients; afterwards training flags, buffers and random states are what they were.
-
-    torch's fused path for padded batches is off, as it hands nested tensors from layer to layer.
-    """
-    training = {module: module.training for module in model.modules()}
-    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]
-    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())} - {torch.device("cpu")}
-    devices = {device for device in devices if device.type != "meta"}  # offloaded
-    kind = next((device.type for device in devices), "cuda")
-    fused = torch.backends.mha.get_fastpath_enabled()
-    # whoever has compiled a model has imported it, which takes a second
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind), eager:
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield model.eval()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, flag in training.items():
-                module.training = flag
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if buffer.device.type != "meta" and not torch.equal(buffer, before):
-                    buffer.copy_(before)

