@@ -73,7 +73,7 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
     assert list(grids) == studies.names()
 
 
-LONGER = {"04_rksp_auroc": 16, "05_kss_divergence": 14, "10_kss_baselines": 24}
+LONGER = {"04_rksp_auroc": 16, "05_kss_divergence": 14, "10_kss_baselines": 24, "14_beyond_transformers": 12}
 """Minutes of the chapters whose runs train one at a time, or whose batches the host makes: see docs/gpu.md."""
 NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic", "vision",
