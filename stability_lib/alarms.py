@@ -96,7 +96,7 @@ class Watch:
         self._since: dict[tuple[int, str], int] = {}
 
     def judge(self, row: Mapping[str, float], step: int) -> None:
-        """Raises `StabilityStop` where an alarm says so; others act once in each stretch of readings that set them off."""
+        """Raises `StabilityStop` where an alarm says so; others act once in a stretch of readings that set them off."""
         stop, taken = None, set()
         for i, alarm in enumerate(self.alarms):
             watched = {name: value for name, value in row.items() if alarm.watches(name) and "/head" not in name}

@@ -208,7 +208,8 @@ def lightning_monitor(module: Callable[[nn.Module], nn.Module] | None, settings:
                 trainer.should_stop = True
 
         def on_train_end(self, trainer, pl_module):
-            self.monitor.close()
+            if self.monitor is not None:  # an exception may come before training does
+                self.monitor.close()
 
         def on_exception(self, trainer, pl_module, exception):
             self.on_train_end(trainer, pl_module)

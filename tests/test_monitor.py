@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 
 from stability_lib import alarms, models, probes
-from stability_lib.config import RunConfig
-from stability_lib.monitor import StabilityMonitor
+from stability_lib.monitor import StabilityMonitor, lightning_callback, trainer_callback
 
 V, T = 53, 12
 SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -150,8 +149,8 @@ def test_the_encoder_of_torch(masks, training):
     name = "encoder.layers.0.self_attn"
     assert [row[f"attention_logit_max/{name}/head{i}"] for i in range(4)] == pytest.approx(
         z.amax((0, 2, 3)).tolist(), rel=1e-5)
-    p = z.softmax(-1)
-    assert row[f"attention_entropy/{name}"] == pytest.approx(float(torch.special.entr(p).sum(-1).mean().detach()), rel=1e-5)
+    entropy = torch.special.entr(z.softmax(-1)).sum(-1).mean().detach()
+    assert row[f"attention_entropy/{name}"] == pytest.approx(float(entropy), rel=1e-5)
 
 
 def test_multi_head_attention_that_returns_its_weights():
@@ -372,9 +371,11 @@ def test_a_closed_monitor_leaves_nothing_behind():
         model(*torch.randint(V, (2, 3, T)))
     assert not model._forward_hooks and not model._forward_pre_hooks and not model.h[0]._forward_hooks
     assert torch.overrides._get_current_function_mode() is None
+    others = len(sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks)
     monitor = quietly(model)
     del monitor
-    assert not model._forward_hooks and not sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+    assert not model._forward_hooks
+    assert len(sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks) == others
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -395,3 +396,310 @@ def test_an_interrupted_forward_pass_does_not_keep_reading(error):
         model(tokens, tokens)[1].backward()
         assert monitor.step()["attention_logit_max/h.0"] < 1e3 and len(monitor.head_maxima) == 2
     assert torch.overrides._get_current_function_mode() is None
+
+
+# what it reads of weights, and the loop
+
+def test_weights_are_read_as_they_are():
+    model = NanoGPT()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-6, weight_decay=0.0)
+    logged, tokens = [], torch.randint(V, (3, T))
+    with quietly(model, log=lambda row, step: logged.append((step, row)), every=2) as monitor:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = model(tokens, tokens)[1]
+            loss.backward()
+            monitor.step(loss)
+            before = model.wte.weight.detach().clone()
+            gradient = model.wte.weight.grad.square().mean().sqrt()
+            norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+            optimizer.step()
+            if step == 2:
+                expected = {"loss": loss.detach(), "gradient_norm": norm, "gradient_rms/wte": gradient,
+                            "gradient_over_eps/wte": gradient * 1e6,
+                            "parameter_rms/wte": before.square().mean().sqrt(),
+                            "update_rms/wte": (model.wte.weight.detach() - before).square().mean().sqrt()}
+    expected["update_over_parameter/wte"] = expected["update_rms/wte"] / expected["parameter_rms/wte"]
+    assert [step for step, _ in logged] == [0, 2]  # as soon as the optimizer has stepped
+    for name, value in expected.items():
+        assert logged[1][1][name] == pytest.approx(float(value), rel=1e-5), name
+    table = monitor.table()
+    assert list(table[table["quantity"] == "loss"]["step"]) == [0, 1, 2]
+    picked = table[(table["step"] == 2) & (table["quantity"] == "attention_logit_max") & (table["layer"] == "h.1")]
+    assert list(picked["head"]) == [-1, 0, 1, 2, 3] and picked["value"].iloc[0] == picked["value"].iloc[1:].max()
+    assert {ax.get_title() for ax in monitor.plot().axes} == set(table["quantity"])
+
+
+def test_two_optimizers_of_one_model_make_one_row():
+    model, logged = NanoGPT(), []
+    optimizers = [torch.optim.SGD([model.wte.weight], 0.1), torch.optim.AdamW([
+        p for name, p in model.named_parameters() if name != "wte.weight"], 1e-2)]
+    other = torch.nn.Linear(2, 2)
+    other.weight.grad = torch.ones(2, 2)
+    with quietly(model, log=lambda row, step: logged.append(row)) as monitor:
+        model(*torch.randint(V, (2, 3, T)))[1].backward()
+        monitor.step()
+        torch.optim.SGD([other.weight], 0.1).step()
+        optimizers[0].step()
+        assert not logged
+        optimizers[1].step()
+    assert len(logged) == 1 and {"update_rms/wte", "update_rms/head", "gradient_over_eps/head"} <= set(logged[0])
+    assert "gradient_over_eps/wte" not in logged[0]  # SGD has no eps
+
+
+def test_micro_batches_count_together():
+    model = build("LlamaForCausalLM")
+    batches = [{key: value[i:i + 1] for key, value in inputs(model).items()} for i in range(3)]
+    rows = [one_step(build("LlamaForCausalLM"), batch) for batch in batches]
+    with quietly(model) as monitor:
+        for batch in batches:
+            model(**batch).loss.backward()
+        row = monitor.step()
+    name = "model.layers.1.self_attn"
+    assert row[f"attention_logit_max/{name}/head2"] == max(r[f"attention_logit_max/{name}/head2"] for r in rows)
+    for each in ("log_z", f"attention_entropy/{name}", "loss"):
+        assert row[each] == pytest.approx(sum(r[each] for r in rows) / 3)
+
+
+# alarms
+
+def alarming(quantity="attention_logit_max", **settings) -> tuple[alarms.Alarm, ...]:
+    return (alarms.Alarm(quantity, **{"above": 1e4, "remedy": "use qk-norm", "chapter": "01"} | settings),)
+
+
+def grown(block: int = 1, scale: float = 300.0) -> NanoGPT:
+    model = NanoGPT()
+    with torch.no_grad():
+        model.h[block].c_attn.weight *= scale
+    return model
+
+
+def steps_of(model, monitor, n: int = 1, poison: int | None = None, optimizer=None) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(V, (3, T))
+    for step in range(n):
+        model.zero_grad()
+        loss = model(tokens, tokens)[1] * (math.nan if step == poison else 1)
+        loss.backward()
+        monitor.step(loss)
+        if optimizer:
+            optimizer.step()
+
+
+def test_an_alarm_says_where_what_since_when_and_what_helps():
+    model = grown()
+    still = torch.optim.SGD(model.parameters(), 0.0)
+    with StabilityMonitor(model, every=1, alarms=alarming()) as monitor:
+        with pytest.warns(UserWarning, match=r"step 0: attention_logit_max/h.1, \S+, is above 10000, since step 0: use "
+                                             r"qk-norm \(chapter 01\)"):
+            steps_of(model, monitor, optimizer=still)
+        steps_of(model, monitor, 2, optimizer=still)  # once a stretch
+        with torch.no_grad():
+            model.h[1].c_attn.weight /= 300
+        steps_of(model, monitor, optimizer=still)
+        with torch.no_grad():
+            model.h[1].c_attn.weight *= 300
+        with pytest.warns(UserWarning, match="step 4: .* since step 4"):
+            steps_of(model, monitor, optimizer=still)
+    assert [(found.step, found.since) for found in monitor.raised] == [(0, 0), (4, 4)]
+
+
+@pytest.mark.parametrize("poison", [0, 3])
+def test_stop_comes_before_the_step(poison):
+    """At a step that is read and at one that is not."""
+    model, logged = NanoGPT(), []
+    monitor = StabilityMonitor(model, every=5, alarms=alarms.acting("stop"), log=lambda row, step: logged.append(step))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with monitor, pytest.raises(alarms.StabilityStop, match=f"step {poison}: .* is not finite, since step {poison}:"):
+        steps_of(model, monitor, 5, poison, optimizer)
+    assert all(bool(p.isfinite().all()) for p in model.parameters()) and logged == [0]
+    assert monitor.raised[0].step == poison and monitor.table()["step"].max() == poison
+
+
+def test_a_stop_holds_for_as_long_as_its_cause():
+    model = grown()
+    with StabilityMonitor(model, every=1, alarms=alarming(action="stop")) as monitor:
+        for step in range(2):
+            with pytest.raises(alarms.StabilityStop, match=f"step {step}: .* since step 0"):
+                steps_of(model, monitor)
+
+
+def test_an_alarm_can_save():
+    model, saved = grown(), []
+    with StabilityMonitor(model, alarms=alarming(action=saved.append)) as monitor:
+        steps_of(model, monitor)
+    assert [(found.reading, found.step) for found in saved] == [("attention_logit_max/h.1", 0)]
+
+
+def test_of_several_alarms_and_layers_the_worst_is_told_once():
+    model = grown(0, 300.0)
+    with torch.no_grad():
+        model.h[1].c_attn.weight *= 1000
+    with StabilityMonitor(model) as monitor, pytest.warns(UserWarning) as told:
+        steps_of(model, monitor)
+    assert [str(warning.message).partition(",")[0] for warning in told] == [
+        "step 0: attention_logit_max/h.1 and 1 more"]
+
+
+def test_gradients_near_eps_are_told_once_the_optimizer_is_known():
+    model = NanoGPT()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, eps=1.0)
+    with StabilityMonitor(model) as monitor, pytest.warns(UserWarning, match="gradient_over_eps/.* is below 10, .*eps"):
+        steps_of(model, monitor, optimizer=optimizer)
+
+
+def test_an_unknown_action_is_refused():
+    with pytest.raises(ValueError, match="unknown action 'halt': choose"):
+        alarms.Alarm("loss", action="halt")
+
+
+# bad input
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_a_model_without_attention_is_told_and_read():
+    model = Plain()
+    with quietly(model) as monitor:
+        model(torch.randn(5, 4)).sum().backward()
+        with pytest.warns(UserWarning) as told:
+            row = monitor.step()
+    texts = [str(warning.message) for warning in told]
+    assert any("no attention was seen in Plain: if it has some" in text for text in texts) and len(texts) == 2
+    assert {"log_z", "gradient_rms/up", "gradient_norm"} <= set(row)
+
+
+def test_a_model_that_is_not_the_one_that_is_called_is_told():
+    outer = nn.ModuleDict({"inner": NanoGPT()})
+    with quietly(outer) as monitor:
+        outer["inner"](*torch.randint(V, (2, 3, T)))[1].backward()
+        with pytest.warns(UserWarning, match="no forward pass of ModuleDict was seen"):
+            monitor.step()
+
+
+def test_data_parallel_is_refused(monkeypatch):
+    parallel = nn.DataParallel(NanoGPT())
+    quietly(parallel).close()  # on one device it only calls the model
+    parallel.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="in the threads of DataParallel: train with DistributedDataParallel"):
+        quietly(parallel)
+    model = NanoGPT()
+    with quietly(model):
+        replica = model._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match="threads of DataParallel"):
+            replica(*torch.randint(V, (2, 3, T)))
+
+
+def test_a_log_that_raises_does_not_stop_training():
+    def fail(row, step):
+        raise OSError("disk full")
+
+    model = NanoGPT()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with quietly(model, every=1, log=fail) as monitor, pytest.warns(UserWarning) as told:
+        steps_of(model, monitor, 3, optimizer=optimizer)
+    assert [str(warning.message).partition(".")[0] for warning in told] == ["log raised OSError: disk full"]
+    assert list(monitor.table().query("quantity == 'update_rms' and layer == 'wte'")["step"]) == [0, 1, 2]
+
+
+def test_a_step_without_gradients_or_optimizer_is_told():
+    model = NanoGPT()
+    with quietly(model, every=1) as monitor:
+        with pytest.raises(RuntimeError, match="no weight has a gradient: call step"):
+            monitor.step()
+        steps_of(model, monitor)
+        with pytest.warns(UserWarning, match="no step of a torch optimizer on wte followed"):
+            steps_of(model, monitor)
+    with pytest.raises(RuntimeError, match="the monitor is closed"):
+        monitor.step()
+    with pytest.raises(ValueError, match="every must be 1 or more"):
+        StabilityMonitor(model, every=0)
+
+
+def test_root_mean_squares_of_half_precision_do_not_overflow():
+    found = probes.rms_of("g", {"x": torch.full((500, 500), 1e3, dtype=torch.float16)})
+    assert float(found["g/x"]) == pytest.approx(1e3, rel=1e-3)
+
+
+# other people's loops
+
+def rows(n: int = 16) -> list[dict]:
+    tokens = torch.randint(3, V, (n, T), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def with_trainer(tmp_path, model, callback, steps: int = 4, **changes):
+    arguments = transformers.TrainingArguments(str(tmp_path), **{
+        "max_steps": steps, "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2} | changes)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows(),
+                                   callbacks=[callback] if callback else [])
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], [*trainer.model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_trainer_of_hugging_face(tmp_path, compiled):
+    torch.compiler.reset()
+    changes = dict(torch_compile=True, torch_compile_backend="aot_eager") if compiled else {}
+    logged, callback = [], trainer_callback(every=2, alarms=(), log=lambda row, step: logged.append((step, row)))
+    losses, weights = with_trainer(tmp_path, build("LlamaForCausalLM"), callback, **changes)
+    plain = with_trainer(tmp_path, build("LlamaForCausalLM"), None, **changes)
+    assert losses == plain[0] and same(weights, plain[1])
+    assert [step for step, _ in logged] == [0, 2]
+    assert {"attention_logit_max/model.layers.1.self_attn/head3", "update_rms/lm_head"} <= set(logged[0][1])
+    table = callback.monitor.table()
+    assert list(table[table["quantity"] == "loss"]["value"]) == pytest.approx(losses, rel=1e-3)  # it logs rounded ones
+
+
+def test_stop_in_the_trainer_leaves_the_weights_of_the_step_before(tmp_path):
+    model = build("LlamaForCausalLM")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight *= 1e6
+    before = [p.detach().clone() for p in model.parameters()]
+    callback = trainer_callback(every=1, alarms=alarming(action="stop"))
+    with pytest.warns(UserWarning, match="training stops before this step is made. step 0: attention_logit_max/"):
+        losses, weights = with_trainer(tmp_path, model, callback)
+    assert same(before, weights) and len(losses) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance", "ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*litlogger")
+def test_the_trainer_of_lightning(tmp_path):
+    pl = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+
+    class Lit(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = NanoGPT()
+
+        def training_step(self, batch, _):
+            return self.model(batch, batch)[1]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2)
+
+    def train(*callbacks) -> list:
+        torch.manual_seed(0)
+        module = Lit()
+        batches = torch.utils.data.DataLoader(torch.randint(V, (8, T)), batch_size=2)
+        pl.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, gradient_clip_val=1.0,
+                   enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+                   callbacks=[*callbacks]).fit(module, batches)
+        return [*module.parameters()]
+
+    logged, callback = [], lightning_callback(every=2, alarms=(), log=lambda row, step: logged.append((step, row)))
+    assert same(train(callback), train())
+    assert [step for step, _ in logged] == [0, 2] and {"loss", "update_rms/wte"} <= set(logged[0][1])
+    with pytest.warns(UserWarning, match="training stops before this step"):
+        stopped = train(lightning_callback(every=1, alarms=alarming(above=-1e9, action="stop")))
+    torch.manual_seed(0)
+    assert same(stopped, [*Lit().parameters()])
