@@ -30,7 +30,8 @@ _MULTI_HEAD.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 class Reader(TorchFunctionMode):
-    """Within it, `found` fills with lists of readings, one a call, under names of the layers that called.
+    """Within it, `found` fills with lists of readings, one a call, under names of the layers that called, and `failed`
+    with what could not be read.
 
     `names` are those of the model's modules by id. A forward pass that Ctrl-C ended leaves the mode behind, so nothing
     is read but in calls from `frame`.
@@ -40,6 +41,7 @@ class Reader(TorchFunctionMode):
         super().__init__()
         self.names, self.frame, self._heads = names, frame, None
         self.found: dict[str, list[Tensor]] = {}
+        self.failed: list[str] = []
 
     def __torch_function__(self, func: Callable, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,13 +64,22 @@ class Reader(TorchFunctionMode):
     @torch.no_grad()
     def _read(self, read: Callable, *args, **kwargs) -> None:
         layer = self._layer()
-        if layer is not None:
+        if layer is None:
+            return
+        try:
             tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, tuple)))
             with probes.full_precision((tensor if isinstance(tensor, Tensor) else tensor[0]).device.type):
-                for quantity, value in read(*args, **kwargs).items():
-                    key, kept = f"{quantity}/{layer}", not quantity.startswith("router")
-                    # of several choices in a layer, among groups and then among experts, the last counts
-                    self.found[key] = [*(self.found.get(key, []) if kept else []), value]
+                readings = read(*args, **kwargs)
+        except Exception as error:  # the model's own call may do what ours cannot, as with nested tensors
+            self.failed.append(f"attention of {layer} could not be read: {type(error).__name__}: {error}")
+            return
+        for quantity, value in readings.items():
+            key = f"{quantity}/{layer}"
+            if key in self.found and self.found[key][0].shape != value.shape:  # attention with other numbers of heads
+                key += f".{len(value)}_heads"
+            # of several choices in a layer, among groups and then among experts, the last counts
+            before = [] if quantity.startswith("router") else self.found.get(key, [])
+            self.found[key] = [*before, value]
 
     def _softmax(self, input: Tensor, dim: int | None = None, *_, **__) -> probes.Readings:
         over_keys = dim in (-1, input.ndim - 1)

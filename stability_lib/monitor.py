@@ -202,6 +202,7 @@ class StabilityMonitor:
             reader.frame = None
             if torch.overrides._get_current_function_mode() is reader:
                 reader.__exit__(None, None, None)
+            self._failed += reader.failed
             for key, values in reader.found.items() if keep else ():
                 self._found[key] += values
 
@@ -249,7 +250,7 @@ class StabilityMonitor:
     @torch.no_grad()
     def _read_output(self, output) -> None:
         logits = (self._logits_of or _logits)(output)
-        if logits is None:
+        if logits is None or logits.ndim < 2:
             return
         logits = logits.detach().flatten(0, -2)
         parts = logits.split(max(1, CHUNK // logits.shape[-1]))
@@ -298,6 +299,8 @@ class StabilityMonitor:
                 | probes.rms_of("gradient_rms", {name: g for name, g in gradients.items() if g.numel()}))
 
     def _tell_gaps(self) -> None:
+        for text in self._failed:
+            self._tell(text)
         kind, seen = type(self._inner).__name__, {name.partition("/")[0] for name in self._found}
         if not self._passes:
             self._tell(f"no forward pass of {kind} was seen before this step: give the monitor the module that the "
@@ -365,6 +368,7 @@ class StabilityMonitor:
     def _clear(self) -> None:
         self._found: dict[str, list[Tensor]] = collections.defaultdict(list)
         self._losses: list[Tensor] = []
+        self._failed: list[str] = []
         self._summed, self._passes = False, 0
 
 

@@ -144,8 +144,8 @@ def _attention(model: nn.Module) -> dict[str, _Projections]:
     if not found:
         kinds = {type(part).__name__ for part in model.modules() if type(part).__name__.endswith("Attention")}
         whole = type(unwrapped(model)).__name__
-        raise ValueError(f"no known queries and keys in {whole} ({', '.join(sorted(kinds))}): known are those of q_proj "
-                         "and k_proj (LLaMA, Mistral, Qwen2, Phi, OPT, ViT, ...), of BERT, GPT-2 and GPT-NeoX")
+        raise ValueError(f"no known queries and keys in {whole} ({', '.join(sorted(kinds))}): known are those of "
+                         "q_proj and k_proj (LLaMA, Mistral, Qwen2, Phi, OPT, ViT, ...), of BERT, GPT-2 and GPT-NeoX")
     return found
 
 

@@ -1,5 +1,6 @@
 """The monitor against eager attention on many architectures, that it changes no bit, alarms, bad input, remedies."""
 
+import copy
 import math
 import sys
 import warnings
@@ -573,6 +574,57 @@ def test_a_model_without_attention_is_told_and_read():
     texts = [str(warning.message) for warning in told]
     assert any("no attention was seen in Plain: if it has some" in text for text in texts) and len(texts) == 2
     assert {"log_z", "gradient_rms/up", "gradient_norm"} <= set(row)
+
+
+def test_attention_that_cannot_be_read_is_told(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("nested tensors")
+
+    monkeypatch.setattr("stability_lib.attention._summary", broken)
+    model = NanoGPT()
+    with quietly(model) as monitor, pytest.warns(UserWarning) as told:
+        steps_of(model, monitor)
+    texts = [str(warning.message) for warning in told]
+    assert "attention of h.1 could not be read: RuntimeError: nested tensors" in texts
+
+
+def test_attention_of_another_model_within_has_its_own_name():
+    """A teacher, kept out of the modules, with another number of heads."""
+    class Student(NanoGPT):
+        def forward(self, tokens, targets):
+            q = torch.randn(3, 2, T, 8)
+            F.scaled_dot_product_attention(q, q, q)
+            F.scaled_dot_product_attention(q.repeat(1, 4, 1, 1), q.repeat(1, 4, 1, 1), q.repeat(1, 4, 1, 1))
+            return super().forward(tokens, targets)
+
+    model = Student()
+    with quietly(model) as monitor:
+        steps_of(model, monitor)
+        assert {name: len(value) for name, value in monitor.head_maxima.items()} == {
+            "model": 2, "model.8_heads": 8, "h.0": 4, "h.1": 4}
+
+
+def test_a_copy_of_a_watched_model_is_not_watched():
+    model = NanoGPT()
+    with quietly(model) as monitor:
+        twin = copy.deepcopy(model)  # as for a running average
+        twin(*torch.randint(V, (2, 3, T)))
+        twin.h[0].c_attn.weight.data *= 100
+        steps_of(model, monitor)
+        assert float(monitor.head_maxima["h.0"].max()) < 10
+
+
+def test_distributed_data_parallel_in_a_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = []
+        for watched in (False, True):
+            model = NanoGPT()
+            parallel = nn.parallel.DistributedDataParallel(model)
+            found.append(run(model, parallel, watched=parallel if watched else None))
+        assert same(*found)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_that_is_not_the_one_that_is_called_is_told():
