@@ -189,17 +189,39 @@ def import_dynamo() -> None:
     thread.join()
 
 
+class _WeakHook:
+    """Of a saved model nothing is left of it, and a copied model has it as it is."""
+
+    def __init__(self, method: Callable, reason: str | None):
+        self._found = weakref.WeakMethod(method)
+        self._run = torch.compiler.disable(self._call, reason=reason)
+
+    def __call__(self, *given):
+        return self._run(*given)
+
+    def _call(self, *given):
+        alive = self._found()
+        return alive(*given) if alive else None
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable:
+    return _nothing
+
+
+def _nothing(*_) -> None:
+    pass
+
+
 def weak_hook(method: Callable, reason: str | None = None) -> Callable:
     """A hook that does not keep the method's object alive, and that `torch.compile` runs as it is; a whole graph
     refuses it with this reason."""
-    found = weakref.WeakMethod(method)
-
-    @functools.partial(torch.compiler.disable, reason=reason)
-    def hook(*given):
-        alive = found()
-        return alive(*given) if alive else None
-
-    return hook
+    return _WeakHook(method, reason)
 
 
 def unhook(hooks: list) -> None:

@@ -38,8 +38,8 @@ def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None =
     if isinstance(layers, str):
         known = dict(model.named_modules())
         if layers not in known:
-            stacks = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
-            raise ProfileError(unknown("module", layers, stacks or [name for name in known if name]))
+            lists = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
+            raise ProfileError(unknown("module", layers, lists or [name for name in known if name]))
         layers = known[layers]
     if layers is not None:
         stack = list(layers) if isinstance(layers, (Sequence, nn.ModuleList, nn.Sequential)) else []

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import sys
 import warnings
 
@@ -344,6 +345,23 @@ def test_a_monitor_changes_no_bit_of_a_compiled_model(how, fullgraph):
     assert same(*found) and times[0] == times[1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", HOW)
+def test_a_compiled_model_is_read_as_it_is(how):
+    rows = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = NanoGPT()
+        with quietly(HOW[how](model) if compiled else model) as monitor:
+            made = monitor._model
+            torch.manual_seed(0)  # of batch and dropout
+            tokens = torch.randint(V, (3, T))
+            made(tokens, tokens)[1].backward()
+            rows.append(monitor.step())
+    assert len(rows[0]) > 20 and rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_a_monitor_changes_no_bit_of_a_model_compiled_by_inductor():
@@ -612,6 +630,13 @@ def test_a_copy_of_a_watched_model_is_not_watched():
         twin.h[0].c_attn.weight.data *= 100
         steps_of(model, monitor)
         assert float(monitor.head_maxima["h.0"].max()) < 10
+
+
+def test_a_watched_model_can_be_saved_whole():
+    model, tokens = NanoGPT().eval(), torch.randint(V, (2, 3, T))
+    with quietly(model):
+        saved = pickle.loads(pickle.dumps(model))
+        assert torch.equal(saved(*tokens)[0], model(*tokens)[0])
 
 
 def test_distributed_data_parallel_in_a_process(tmp_path):
