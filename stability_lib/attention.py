@@ -21,7 +21,7 @@ from . import probes
 CHUNK = 2**24
 """Logits held at once, in fp32: a reading shall not need the memory that fused attention saves."""
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-_TOPK = (torch.topk, Tensor.topk)
+_TOPK, _ARGMAX = (torch.topk, Tensor.topk), (torch.argmax, Tensor.argmax)
 # torch.nn's attention as it is written, which under a mode is otherwise one call and cannot be looked into
 _MULTI_HEAD = types.FunctionType(
     F.multi_head_attention_forward.__code__, vars(F) | {"has_torch_function": lambda _: False},
@@ -58,7 +58,9 @@ class Reader(TorchFunctionMode):
             self._read(self._softmax, *args, **kwargs)
         result = func(*args, **kwargs)
         if func in _TOPK:
-            self._read(_routing, result, *args, **kwargs)
+            self._read(_routing, result[1], *args, **kwargs)
+        elif func in _ARGMAX:
+            self._read(self._best, result, *args, **kwargs)
         return result
 
     @torch.no_grad()
@@ -67,8 +69,8 @@ class Reader(TorchFunctionMode):
         if layer is None:
             return
         try:
-            tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, tuple)))
-            with probes.full_precision((tensor if isinstance(tensor, Tensor) else tensor[0]).device.type):
+            tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            with probes.full_precision(tensor.device.type):
                 readings = read(*args, **kwargs)
         except Exception as error:  # the model's own call may do what ours cannot, as with nested tensors
             self.failed.append(f"attention of {layer} could not be read: {type(error).__name__}: {error}")
@@ -90,8 +92,12 @@ class Reader(TorchFunctionMode):
         lowest = torch.finfo(input.dtype).min / 2
         return _summary([(input.detach().float(), input.detach() <= lowest)])
 
-    def _layer(self) -> str | None:
-        frame, layer = sys._getframe(2), None
+    def _best(self, chosen: Tensor, input: Tensor, dim: int | None = None, *_, **__) -> probes.Readings:
+        name = (self._layer(3) or "").rpartition(".")[2]  # any layer may take an argmax
+        return _routing(chosen, input, 1, dim) if "rout" in name or "gat" in name else {}
+
+    def _layer(self, above: int = 2) -> str | None:
+        frame, layer = sys._getframe(above), None
         while frame is not None and frame is not self.frame:
             if layer is None:
                 layer = self.names.get(id(frame.f_locals.get("self")))
@@ -148,13 +154,13 @@ def _summary(parts) -> probes.Readings:
     return {"attention_logit_max": torch.stack(largest).amax(0), "attention_entropy": entropies / queries}
 
 
-def _routing(result: tuple, input: Tensor, k: int | None = None, dim: int = -1, *_, **__) -> probes.Readings:
-    """Of the largest `k` of scores [..., experts]: the shares of tokens that the most and the least used expert get,
-    times the number of experts."""
+def _routing(chosen: Tensor, input: Tensor, k: int | None = None, dim: int | None = -1, *_, **__) -> probes.Readings:
+    """Of the indices `chosen` from scores [..., experts]: the shares of tokens that the most and the least used expert
+    get, times the number of experts."""
     experts = input.shape[-1]
     if not input.is_floating_point() or input.ndim > 3 or dim not in (-1, input.ndim - 1) or not 1 < experts <= 1024:
         return {}
-    chosen = result[1].reshape(-1, 1)
+    chosen = chosen.reshape(-1, 1)
     load = (chosen == torch.arange(experts, device=chosen.device)).float().mean(0) * experts
     return {"router_load_max": load.max(), "router_load_min": load.min()}
 

@@ -92,8 +92,9 @@ class StabilityMonitor:
     def step(self, loss: Tensor | float | None = None) -> dict[str, float]:
         """Read what the step did so far; call it between `backward` and `optimizer.step()`.
 
-        `loss` is only reported, and watched; None: the `loss` in the model's output. Returns the readings. Raises
-        `StabilityStop` where an alarm says so.
+        `loss` is only reported, and watched; None: the `loss` in the model's output. With a `GradScaler`, call its
+        `unscale_` first. Returns the readings, to which the optimizer's step adds. Raises `StabilityStop` where an
+        alarm says so.
         """
         if self._closed:
             raise RuntimeError("the monitor is closed: make a new one")

@@ -258,6 +258,18 @@ def test_router_load_is_the_share_of_the_tokens():
         [float(share.max()), float(share.min())])
 
 
+def test_router_load_of_a_router_that_takes_the_best_expert():
+    torch.manual_seed(0)
+    model = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(
+        vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_experts=4, decoder_start_token_id=0,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0)).eval()
+    chosen, router = [], model.encoder.block[1].layer[1].mlp.router
+    router.classifier.register_forward_hook(lambda module, args, output: chosen.append(output.detach().argmax(-1)))
+    row = one_step(model, inputs(model))
+    share = torch.bincount(chosen[0].flatten(), minlength=4) / chosen[0].numel() * 4
+    assert row["router_load_max/encoder.block.1.layer.1.mlp.router"] == pytest.approx(float(share.max()))
+
+
 # the same trajectory
 
 def run(model: nn.Module, call, steps: int = 5, watched: nn.Module | None = None, after=None, **settings) -> list:
