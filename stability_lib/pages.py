@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Wedge
 
 from . import __version__
 from .profiles import METRICS, STATES_PER_MODE, Profile, draw_eigenvalues, write_whole
@@ -94,11 +93,9 @@ def versions() -> dict[str, str]:
 
 
 def _plane(profile: Profile) -> Figure:
-    """Eigenvalues of all layers, the ring of M1 shaded; the view holds 99% of them."""
+    """Eigenvalues of all layers; the view holds 99% of them."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     limits, ax = profile.thresholds, figure.subplots()
-    ax.add_patch(Wedge((0, 0), limits.near_high, 0, 360, width=limits.near_high - limits.near_low, color="0.85",
-                       zorder=0))
     draw_eigenvalues(ax, profile)
     sizes = np.abs(np.concatenate([layer.eigenvalues for layer in profile.layers]))
     reach = 1.05 * max(np.quantile(sizes, 0.99), limits.near_high)

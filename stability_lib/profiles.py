@@ -244,13 +244,17 @@ def _restored(value, kind: type):
 
 
 def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
-    """Every layer's eigenvalues in the complex plane, darker with depth, and the unit circle (paper K, Fig. 1)."""
+    """Every layer's eigenvalues in the complex plane, darker with depth, the unit circle and, shaded, the ring of M1
+    (paper K, Fig. 1)."""
     from matplotlib.cm import ScalarMappable  # drawing libraries take seconds to import: not in training processes
     from matplotlib.colors import Normalize
+    from matplotlib.patches import Wedge
     from matplotlib.ticker import MaxNLocator
     from seaborn import color_palette
 
     hue = ScalarMappable(Normalize(0, max(len(profile.layers) - 1, 1)), color_palette("crest", as_cmap=True))
+    low, high = profile.thresholds.near_low, profile.thresholds.near_high
+    ax.add_patch(Wedge((0, 0), high, 0, 360, width=high - low, color="0.88", zorder=0))
     circle = np.exp(1j * np.linspace(0, math.tau, 361))
     ax.plot(circle.real, circle.imag, color="0.3", linewidth=1)
     for layer in profile.layers:
