@@ -118,7 +118,7 @@ def _depth(profiles: Mapping[str, Profile]) -> Figure:
             values = table[metric].replace([np.inf, -np.inf], np.nan)
             ax.plot(table["layer"], values, ".-", color=colour, label=name)
             ax.plot(table["layer"][table["degenerate"]], values[table["degenerate"]], "o", mfc="white", color=colour)
-            if values.min() > 0 and values.max() > 20 * values.min():
+            if metric not in SHARES and values.min() > 0 and values.max() > 20 * values.min():
                 ax.set_yscale("log")
         if ax.get_yscale() == "linear":
             ax.set_ylim(*((-0.03, 1.03) if metric in SHARES else (0, None)))

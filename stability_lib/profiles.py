@@ -151,7 +151,7 @@ class Profile:
         if skipped:
             advice += f"; {skipped} of {len(self)} layers near the identity not scored"
         (failed, runs), (failed_outside, runs_outside) = FLOW_RECORD[word]
-        return (f"{word}: mean M1 {m1:.2f}, mean kappa {kappa:.3g}{advice}{self._reach()}; the flow is meant for "
+        return (f"{word}: mean M1 {m1:.3f}, mean kappa {kappa:.3g}{advice}{self._reach()}; the flow is meant for "
                 f"models at initialization\n"
                 f"chapter 04, LR up to 0.03: {failed} of {runs} such runs diverged, outside its sweep {failed_outside} "
                 f"of {runs_outside}")
