@@ -14,9 +14,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -80,9 +81,9 @@ def readings(scale: str) -> list[Reading]:
         found = [*_base("MiniLM", 3), *_base("MiniLM", 3, "4-bit"), *_base("MiniLM", 3, "untrained")]
         return found + [dataclasses.replace(reading, rank=rank) for reading in found[:18] for rank in (8, 32)]
     found = [*_base("SmolLM2-135M", SETS), *_base("SmolLM2-135M", 3, "untrained"),
-             *_base("SmolLM2-135M", 3, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", every=3),
+             *_base("SmolLM2-135M", 3, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", 3, every=3),
              *_base("MiniLM", SETS), *_base("MiniLM", SETS, "untrained"), *_base("MiniLM", SETS, "4-bit"),
-             *_choices("MiniLM", every=1)]
+             *_choices("MiniLM", SETS)]
     by_states = [dataclasses.replace(reading, states=n) for reading in _base("SmolLM2-135M", SETS)
                  if reading.layer in (4, 14, 24) for n in (640, 864, 1152, 1728)]
     sizes = [*_base("GPT-2 124M", 3, "untrained"), *_base("GPT-2 355M", 3, "untrained", every=8, start=3)]
@@ -94,13 +95,12 @@ def _base(model: str, draws: int, weights: str = "trained", every: int = 1, star
             for layer in range(start, LAYERS[model], every)]
 
 
-def _choices(model: str, every: int) -> list[Reading]:
+def _choices(model: str, draws: int, every: int = 1) -> list[Reading]:
     """The scan: rank, first token and centring together; eps; prompts against as many states of passages."""
-    base, prompts = _base(model, SETS, every=every), {"SmolLM2-135M": 1652, "MiniLM": 1718}[model]
+    base, prompts = _base(model, draws, every=every), {"SmolLM2-135M": 1652, "MiniLM": 1718}[model]
     scan = [dataclasses.replace(reading, rank=rank or 0, first=first, centred=centred) for reading in base
             for rank, first, centred in itertools.product(RANKS, (True, False), (True, False))]
-    return [*scan, *(dataclasses.replace(reading, eps=eps) for reading in base if reading.draw < 3
-                     for eps in (1e-3, 1e-1, 10.0)),
+    return [*scan, *(dataclasses.replace(reading, eps=eps) for reading in base for eps in (1e-3, 1e-1, 10.0)),
             *(dataclasses.replace(reading, states=prompts) for reading in base),
             *(dataclasses.replace(reading, text="prompts") for reading in base if reading.draw == 0)]
 
@@ -116,12 +116,17 @@ def passages(draw: int, n: int) -> list[str]:
 def measure(wanted: Iterable[Reading]) -> pd.DataFrame:
     """Profile from scratch: a row a reading, its fields and `NUMBERS`. A forward pass serves all readings on one model
     and text."""
-    key = lambda reading: (reading.model, reading.weights, reading.draw, reading.text)  # noqa: E731
     rows = []
-    for group, members in itertools.groupby(sorted(wanted, key=key), key):
+    for group, members in _by_pass(wanted):
         streams, first = states(*group)
         rows += [vars(reading) | _numbers(streams, first, reading) for reading in members]
     return pd.DataFrame(rows)
+
+
+def _by_pass(wanted: Iterable[Reading]) -> Iterator[tuple[tuple, Iterator[Reading]]]:
+    """The readings that one forward pass serves, by what `states` takes."""
+    key = lambda reading: (reading.model, reading.weights, reading.draw, reading.text)  # noqa: E731
+    return itertools.groupby(sorted(wanted, key=key), key)
 
 
 def _numbers(streams: list[Tensor], first: Tensor, reading: Reading) -> dict[str, float]:
@@ -202,7 +207,8 @@ def _packaged(kind: str, model: str, **settings):
     where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return getattr(transformers, kind).from_pretrained(where[0], local_files_only=True, **where[1], **settings)
+    with contextlib.redirect_stderr(io.StringIO()):  # dequantising has a bar of its own
+        return getattr(transformers, kind).from_pretrained(where[0], local_files_only=True, **where[1], **settings)
 
 
 def reference() -> pd.DataFrame:
@@ -237,8 +243,7 @@ def main() -> None:
     known = set(kept[FIELDS].itertuples(index=False, name=None))
     missing = [reading for reading in readings("cpu") if dataclasses.astuple(reading) not in known]
     PATH.parent.mkdir(parents=True, exist_ok=True)
-    key = lambda reading: (reading.model, reading.weights, reading.draw, reading.text)  # noqa: E731
-    for group, members in itertools.groupby(sorted(missing, key=key), key):
+    for group, members in _by_pass(missing):
         started = time.perf_counter()
         rows = measure(members).assign(commit=commit)
         kept = pd.concat([part for part in (kept, rows) if len(part)], ignore_index=True)
