@@ -82,7 +82,7 @@ def readings(scale: str) -> list[Reading]:
     found = [*_base("SmolLM2-135M", SETS), *_base("SmolLM2-135M", 3, "untrained"),
              *_base("SmolLM2-135M", 3, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", 3, every=3),
              *_base("MiniLM", SETS), *_base("MiniLM", SETS, "untrained"), *_base("MiniLM", SETS, "4-bit"),
-             *_choices("MiniLM", SETS)]
+             *_choices("MiniLM", 3)]
     by_states = [dataclasses.replace(reading, states=n) for reading in _base("SmolLM2-135M", SETS)
                  if reading.layer in (4, 14, 24) for n in (640, 864, 1152, 1728)]
     return list(dict.fromkeys([*found, *by_states, *_base("GPT-2 124M", 3, "untrained")]))
