@@ -80,7 +80,7 @@ def readings(scale: str) -> list[Reading]:
         found = [*_base("MiniLM", 3), *_base("MiniLM", 3, "4-bit"), *_base("MiniLM", 3, "untrained")]
         return found + [dataclasses.replace(reading, rank=rank) for reading in found[:18] for rank in (8, 32)]
     found = [*_base("SmolLM2-135M", SETS), *_base("SmolLM2-135M", 3, "untrained"),
-             *_base("SmolLM2-135M", 3, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", 3, every=3),
+             *_base("SmolLM2-135M", 1, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", 3, every=3),
              *_base("MiniLM", SETS), *_base("MiniLM", SETS, "untrained"), *_base("MiniLM", SETS, "4-bit"),
              *_choices("MiniLM", 3)]
     by_states = [dataclasses.replace(reading, states=n) for reading in _base("SmolLM2-135M", SETS)
