@@ -34,6 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import probes
 from .alarms import ALARMS, Alarm, Raised, Watch
 from .attention import CHUNK, Reader, module_names
+from .config import unknown
 from .stream import stacks, stream_states, unwrapped
 
 _COMPILED_LATER = ("the model was compiled after its monitor was made, or inside of something compiled: make the "
@@ -141,9 +142,13 @@ class StabilityMonitor:
         return pd.DataFrame({"step": steps.astype(int), "quantity": parts[0], "layer": parts[1],
                              "head": parts[2].fillna("-1").astype(int), "value": values})
 
-    def plot(self):
-        """A figure of loss, gradient norm, and of each quantity by layer over steps."""
-        return draw(self.table(), self.raised)
+    def plot(self, *quantities: str):
+        """A figure of `quantities` by layer over steps; none named: of all, loss and gradient norm among them."""
+        table = self.table()
+        for quantity in quantities:
+            if quantity not in (known := table["quantity"].unique()):
+                raise ValueError(unknown("quantity", quantity, known))
+        return draw(table[table["quantity"].isin(quantities)] if quantities else table, self.raised)
 
     # forward passes
 
@@ -412,7 +417,8 @@ def _logits(output) -> Tensor | None:
 
 
 def draw(table: pd.DataFrame, raised: Sequence[Raised] = ()):
-    """A panel a quantity over steps, a line a layer (of many the lowest, median and highest), alarms dotted."""
+    """A panel a quantity over steps, a line a layer (of many the lowest, median and highest); dotted, the steps of
+    alarms and their thresholds."""
     import matplotlib.pyplot as plt
 
     whole = table[table["head"] < 0]
@@ -429,14 +435,16 @@ def draw(table: pd.DataFrame, raised: Sequence[Raised] = ()):
             ax.plot(values.index, values, label=layer, marker="." if len(values) < 3 else "")
         if quantity not in ("loss", "logit_mean", "log_z", "attention_entropy") and (lines > 0).any().any():
             ax.set_yscale("log")
-        for alarm in raised:
-            if alarm.reading.partition("/")[0] == quantity:
-                ax.axvline(alarm.step, color="0.5", linestyle=":")
+        for alarm in (r for r in raised if r.reading.partition("/")[0] == quantity):
+            ax.axvline(alarm.step, color="0.5", linestyle=":")
+            for limit in filter(math.isfinite, (alarm.alarm.above, alarm.alarm.below)):
+                ax.axhline(limit, color="0.5", linestyle=":")
         ax.set(title=quantity, xlabel="step")
         if lines.shape[1] > 1:
             ax.legend(fontsize="x-small")
     for ax in axes.flat[len(quantities):]:
         ax.remove()
+    plt.close(figure)  # a notebook shows what a cell returns, and would show an open figure once more
     return figure
 
 

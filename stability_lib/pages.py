@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Wedge
 
 from . import __version__
 from .profiles import METRICS, STATES_PER_MODE, Profile, draw_eigenvalues, write_whole
@@ -23,6 +22,8 @@ from .stream import ProfileError
 
 SHOWN = (*METRICS[:7], "kreiss_scaled", *METRICS[9:])
 """The metrics of a page: K(A) itself is infinite nearly everywhere."""
+SHARES = (*METRICS[:4], "nonlinearity", "reliable_share")
+"""Those that lie between 0 and 1."""
 
 
 def report(names: list[str], output: Path, *, prompts: Path | None = None, revision: str | None = None,
@@ -53,7 +54,7 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
             found[name] = checkpoint.profile(places[name], texts, device=device, progress=progress, keep=keep,
                                              **settings)
             told |= {"prompts": str(prompts or "the 32 of stability_lib.prompts"), "weights": _weights(places[name]),
-                     "settings": {k: v for k, v in settings.items() if v is not None}} | versions()
+                     "settings": ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)} | versions()
             found[name].save(output / f"{stem}.json", about=told)
         about[name] = told | {"layers": len(found[name]), "width": found[name].layers[0].width,
                               "token states": found[name].layers[0].snapshots,
@@ -67,9 +68,10 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
 
 def page(profiles: Mapping[str, Profile], about: Mapping[str, Mapping] | None = None) -> str:
     """The HTML of a page; `about` has facts for each name, as rows of its table."""
-    tables = {name: shown(profile).to_html(border=0, float_format="{:.3g}".format, na_rep="-")
+    tables = {name: shown(profile).rename(columns=_words).to_html(border=0, float_format="{:.3g}".format, na_rep="-")
               for name, profile in profiles.items()}
     means = pd.DataFrame({name: profile.summary()["mean"] for name, profile in profiles.items()}).loc[list(SHOWN)]
+    means = means.rename(index=_words)
     return jinja2.Environment(autoescape=True).from_string(_PAGE).render(
         profiles=profiles, tables=tables, about=about or {}, versions=versions(), per_mode=STATES_PER_MODE,
         means=means.to_html(border=0, float_format="{:.3g}".format, na_rep="-"),
@@ -91,11 +93,9 @@ def versions() -> dict[str, str]:
 
 
 def _plane(profile: Profile) -> Figure:
-    """Eigenvalues of all layers, the ring of M1 shaded; the view holds 99% of them."""
+    """Eigenvalues of all layers; the view holds 99% of them."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     limits, ax = profile.thresholds, figure.subplots()
-    ax.add_patch(Wedge((0, 0), limits.near_high, 0, 360, width=limits.near_high - limits.near_low, color="0.85",
-                       zorder=0))
     draw_eigenvalues(ax, profile)
     sizes = np.abs(np.concatenate([layer.eigenvalues for layer in profile.layers]))
     reach = 1.05 * max(np.quantile(sizes, 0.99), limits.near_high)
@@ -107,7 +107,8 @@ def _plane(profile: Profile) -> Figure:
 
 
 def _depth(profiles: Mapping[str, Profile]) -> Figure:
-    """Every metric against depth, a line a model; hollow where a layer is degenerate."""
+    """Every metric against depth, a line a model; hollow where a layer is degenerate. Axes begin at 0, and those of
+    shares end at 1, so that a small difference looks small."""
     from seaborn import color_palette
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
@@ -117,9 +118,11 @@ def _depth(profiles: Mapping[str, Profile]) -> Figure:
             values = table[metric].replace([np.inf, -np.inf], np.nan)
             ax.plot(table["layer"], values, ".-", color=colour, label=name)
             ax.plot(table["layer"][table["degenerate"]], values[table["degenerate"]], "o", mfc="white", color=colour)
-            if values.min() > 0 and values.max() > 20 * values.min():
+            if metric not in SHARES and values.min() > 0 and values.max() > 20 * values.min():
                 ax.set_yscale("log")
-        ax.set_title(metric.replace("_", " "), fontsize=10)
+        if ax.get_yscale() == "linear":
+            ax.set_ylim(*((-0.03, 1.03) if metric in SHARES else (0, None)))
+        ax.set_title(_words(metric), fontsize=10)
         ax.set_xlabel("layer", fontsize=9)
     if len(profiles) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
@@ -130,6 +133,10 @@ def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _lines(path: Path) -> list[str]:
@@ -158,13 +165,12 @@ _PAGE = """<!doctype html>
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
  table { border-collapse: collapse; margin: 1rem 0; font-size: 14px } img { max-width: 100% }
  th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd } .facts * { text-align: left }
- .warning { background: #fff3d6; padding: .5rem 1rem } pre { white-space: pre-wrap; font: inherit }
+ .warning { background: #fff3d6; padding: .5rem 1rem } thead th { vertical-align: bottom }
+ pre { white-space: pre-wrap; font: inherit; border-left: 4px solid #888; padding-left: 1rem }
  .wide { overflow-x: auto } figure { margin: 1.5rem 0 } figcaption { font-weight: 600 }
 </style>
 <h1>Spectral profile: {{ profiles | join(" against ") }}</h1>
 {% for name, profile in profiles.items() %}<h2>{{ name }}</h2>
-<table class="facts">{% for fact, value in about.get(name, {}).items() %}<tr><th>{{ fact }}</th><td>{{ value }}</td>
-</tr>{% endfor %}</table>
 {% if profile.layers[0].snapshots < profile.states_wanted %}<p class="warning">{{ profile.layers[0].snapshots }} token
 states for {{ profile.layers[0].modes }} modes{% if profile.layers[0].modes < profile.layers[0].width %} of
 {{ profile.layers[0].width }}{% endif %}: {% if profile.layers[0].snapshots <= profile.layers[0].modes + 1 %}they are
@@ -173,7 +179,9 @@ the residuals look smaller than they are.{% endif %} Use {{ profile.states_wante
 --snapshots), or fewer modes (--rank).</p>{% endif %}
 <p>The decision flow of paper K's figure 7 says:</p><pre>{{ profile.verdict() }}</pre>
 <figure><figcaption>Eigenvalues of every layer, the ring of M1 shaded</figcaption>
-<img alt="eigenvalues" src="data:image/png;base64,{{ planes[name] }}"></figure>{% endfor %}
+<img alt="eigenvalues" src="data:image/png;base64,{{ planes[name] }}"></figure>
+<table class="facts">{% for fact, value in about.get(name, {}).items() %}<tr><th>{{ fact }}</th><td>{{ value }}</td>
+</tr>{% endfor %}</table>{% endfor %}
 <h2>Metrics against depth</h2>
 <figure><img alt="metrics against depth" src="data:image/png;base64,{{ depth }}"></figure>
 {% if profiles | length > 1 %}<h2>Means over layers</h2><div class="wide">{{ means | safe }}</div>{% endif %}
@@ -194,7 +202,7 @@ would show. {{ per_mode }} states a mode make that 0.87.</li></ul>
 <li>The decision flow is meant for models before training. Of a trained model it says nothing that was tested.</li>
 <li>A profile does not know the learning rate, on which divergence depends most. In chapter 04 of this project it told
 models with norms from models without, and which runs of them diverge it did not tell; a minority of its warnings were
-right.</li>
+right, and models without norms whose weights start larger got a go and diverged at a learning rate of 0.03.</li>
 <li>A high M1 is not a fault to repair: models near the identity at the start (ReZero, Fixup) and stable models under
 weight norm have one. In chapters 05 and 10 shaping the spectrum at the paper's dose prevented nothing that could be
 told, a stronger dose kept models from learning, and norms or weight norm did as well.</li>

@@ -614,24 +614,31 @@ def test_in_sample_eta_is_short_by_what_the_number_of_states_says():
 def test_beside_the_flow_stands_how_many_runs_of_chapter_04_diverged():
     """Counted again from the committed runs; 15 of 72 is also what the chapter prints."""
     table = {study: runs.frame(list(runs.load(runs.locate(study, "cpu")).values()))
-             for study in ("divergence_sweep", "spectra_at_init")}
+             for study in ("divergence_sweep", "unseen_architectures", "spectra_at_init")}
     model = ["norm", "init", "residual", "qk_norm", "d_model", "n_layers", "seq_len", "seed"]
     untrained = table["spectra_at_init"].query("spectra_kreiss")
     untrained = untrained[model].assign(m1=runs.reading(untrained, "near_unit_mass"),
-                                        kappa=runs.reading(untrained, "eigenvector_condition"))
-    sweep = table["divergence_sweep"].query("lr <= 0.03").merge(untrained, on=model, validate="many_to_one")
+                                        kappa=runs.reading(untrained, "eigenvector_condition")).dropna(subset="m1")
+    counted = {word: [] for word in profiles.FLOW_RECORD}
+    for study in ("divergence_sweep", "unseen_architectures"):
+        trained = table[study].query("lr <= 0.03").merge(untrained, on=model, validate="many_to_one")
+        words = [profiles.flow(run.m1, run.kappa) for run in trained.itertuples()]
+        for word, row in trained["status"].eq("diverged").groupby(words).agg(["sum", "size"]).iterrows():
+            counted[word].append(tuple(row))
+    assert {word: tuple(found) for word, found in counted.items()} == profiles.FLOW_RECORD
     template = layer_profile(*states(np.eye(4) / 2))
+    high, low = (koopman.Profile((dataclasses.replace(template, near_unit_mass=m1),), koopman.PAPER).verdict()
+                 for m1 in (0.9, 0.1))
+    assert "the paper advises KSS" in high and "norms or weight norm did as well" in high
+    assert high.endswith("15 of 72 such runs diverged, outside its sweep 6 of 18")
+    assert low.startswith("go") and low.endswith("0 of 144 such runs diverged, outside its sweep 6 of 36")
 
-    def word(run) -> str:
-        layer = dataclasses.replace(template, near_unit_mass=run["m1"], eigenvector_condition=run["kappa"])
-        return koopman.Profile((layer,), koopman.PAPER).verdict().split(":")[0]
 
-    failed = sweep["status"].eq("diverged").groupby(sweep.apply(word, axis=1)).agg(["sum", "size"])
-    assert {name: tuple(row) for name, row in failed.iterrows()} == profiles.FLOW_RECORD
-    high = koopman.Profile((dataclasses.replace(template, near_unit_mass=0.9),), koopman.PAPER)
-    first, second = high.verdict().splitlines()
-    assert "the paper advises KSS" in first and "norms or weight norm did as well" in first
-    assert "15 of 72 runs with this verdict diverged" in second
+@pytest.mark.parametrize("m1, kappa, word", [
+    (0.3, 100, "in between"), (0.29, 100, "go"), (0.29, 2e4, "in between"), (0.5, 100, "in between"),
+    (0.51, 100, "high risk"), (0.1, 2e6, "high risk"), (0.1, math.inf, "high risk")])
+def test_the_flow_decides_by_m1_and_kappa(m1, kappa, word):
+    assert profiles.flow(m1, kappa) == word
 
 
 def test_layers_that_are_kept_are_not_analysed_again(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from matplotlib import pyplot as plt
 from torch import nn
 
 from stability_lib import alarms, models, probes
@@ -458,6 +459,10 @@ def test_weights_are_read_as_they_are():
     picked = table[(table["step"] == 2) & (table["quantity"] == "attention_logit_max") & (table["layer"] == "h.1")]
     assert list(picked["head"]) == [-1, 0, 1, 2, 3] and picked["value"].iloc[0] == picked["value"].iloc[1:].max()
     assert {ax.get_title() for ax in monitor.plot().axes} == set(table["quantity"])
+    assert [ax.get_title() for ax in monitor.plot("loss", "log_z").axes] == ["loss", "log_z"]
+    with pytest.raises(ValueError, match="unknown quantity 'los': did you mean 'loss'"):
+        monitor.plot("los")
+    assert not plt.get_fignums()  # what is returned is shown once
 
 
 def test_two_optimizers_of_one_model_make_one_row():

@@ -124,3 +124,12 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "stability_lib.checkpoint")
     with pytest.raises(ImportError, match=r"accelerate: pip install -e '\.\[pretrained\]'"):
         koopman.profile_checkpoint("anything")
+
+
+def test_axes_against_depth_do_not_blow_small_differences_up():
+    torch.manual_seed(0)
+    steady = koopman.profile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(100, 8))
+    for ax, metric in zip(pages._depth({"model": steady}).axes, pages.SHOWN, strict=True):
+        low, high = ax.get_ylim()
+        assert low <= 0 or ax.get_yscale() == "log"
+        assert metric not in pages.SHARES or (high > 1 and high < 1.1)
