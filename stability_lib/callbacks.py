@@ -1,15 +1,18 @@
-"""Spectral shaping in the training loop of Hugging Face's `Trainer`: see `shaping.trainer_callback`."""
+"""Spectral shaping and the monitor in other people's training loops: see `shaping.trainer_callback`,
+`monitor.trainer_callback` and `monitor.lightning_callback`."""
 
 import math
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from .alarms import StabilityStop
+from .monitor import StabilityMonitor
 from .probes import compiled, unhook, weak_hook
 from .shaping import KSS
 
@@ -133,3 +136,93 @@ def _in_training_step() -> bool:
     while frame is not None and frame.f_code.co_name != "training_step":
         frame = frame.f_back
     return frame is not None
+
+
+class MonitorCallback(TrainerCallback):
+    """See `monitor.trainer_callback`."""
+
+    def __init__(self, **settings):
+        self.monitor: StabilityMonitor | None = None
+        self._settings = settings
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        if self.monitor is not None:
+            self.monitor.close()  # of a train() before
+        self.monitor = StabilityMonitor(_wrapped(model), **self._settings)
+        self.monitor.steps = state.global_step
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.monitor.steps = state.global_step
+        if _stops(lambda: self.monitor.step(), optimizer):
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.monitor.close()
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    """What the `Trainer` that has called calls in place of its model: a compiled or parallel one."""
+    frame = sys._getframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if getattr(trainer, "model", None) is model and isinstance(getattr(trainer, "model_wrapped", None), nn.Module):
+            return trainer.model_wrapped
+        frame = frame.f_back
+    return model
+
+
+def _stops(step: Callable[[], object], optimizer) -> bool:
+    """Whether an alarm ends training; then there are no gradients left, so that the optimizer's step moves nothing."""
+    try:
+        step()
+    except StabilityStop as stop:
+        warnings.warn(f"training stops before this step is made. {stop}", stacklevel=3)
+        optimizer.zero_grad(set_to_none=True)
+        return True
+    return False
+
+
+def lightning_monitor(module: Callable[[nn.Module], nn.Module] | None, settings: Mapping):
+    """See `monitor.lightning_callback`."""
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:
+        from pytorch_lightning import Callback
+
+    class LightningMonitor(Callback):
+        monitor: StabilityMonitor | None = None
+        loss = None
+
+        def on_train_start(self, trainer, pl_module):
+            if self.monitor is not None:
+                self.monitor.close()
+            self.monitor = StabilityMonitor((module or _called)(pl_module), **settings)
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            self.loss = loss.detach() * trainer.accumulate_grad_batches  # it comes divided by their number
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.monitor.steps = trainer.global_step
+            if _stops(lambda: self.monitor.step(self.loss), optimizer):
+                trainer.should_stop = True
+
+        def on_train_end(self, trainer, pl_module):
+            if self.monitor is not None:  # an exception may come before training does
+                self.monitor.close()
+
+        def on_exception(self, trainer, pl_module, exception):
+            self.on_train_end(trainer, pl_module)
+
+    return LightningMonitor()
+
+
+def _called(pl_module: nn.Module) -> nn.Module:
+    base = next(kind for kind in type(pl_module).__mro__ if kind.__name__ == "LightningModule")
+    if type(pl_module).forward is not base.forward:
+        return pl_module
+    children = [child for child in pl_module.children() if any(True for _ in child.parameters())]
+    if len(children) != 1:
+        raise ValueError(f"{type(pl_module).__name__} has no forward and {len(children)} children with weights: pass "
+                         "module=, a function that takes the one from it that training calls")
+    return children[0]

@@ -74,7 +74,7 @@ def watch_pattern(model: nn.Module, block: int = 0, head: int = 0) -> Iterator[l
 
 def parameters(model: nn.Module) -> Readings:
     """`parameter_rms/<layer>` of every weight matrix."""
-    return _rms("parameter_rms", model.named_weights(Tensor.detach))
+    return rms_of("parameter_rms", model.named_weights(Tensor.detach))
 
 
 def gradients(model: nn.Module) -> Readings:
@@ -85,7 +85,7 @@ def gradients(model: nn.Module) -> Readings:
     if not found:
         raise RuntimeError("no weight matrix has a gradient: read them after backward() and before zero_grad(), of a "
                            "model that is not frozen")
-    return _rms("gradient_rms", found)
+    return rms_of("gradient_rms", found)
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def updates(model: nn.Module) -> Iterator[Readings]:
     readings: Readings = {}
     yield readings
     after = model.named_weights(Tensor.detach)
-    readings.update(_rms("update_rms", {name: after[name] - before[name] for name in before}))
+    readings.update(rms_of("update_rms", {name: after[name] - before[name] for name in before}))
 
 
 def fetch(readings: Readings) -> dict[str, float]:
@@ -127,23 +127,32 @@ def _read_attention(readings: Readings, block: str):
             z_BxHxTxT = core.logits(q, k)
         visible_TxT = core.visible(z_BxHxTxT)
         q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
-        largest_BxHxT, key_BxHxT = z_BxHxTxT.masked_fill(~visible_TxT, -math.inf).max(-1)
+        largest_BxHxT, key_BxHxT = largest_logits(z_BxHxTxT, ~visible_TxT)
         largest, query = largest_BxHxT.flatten().max(0)
         # <q_i, k_j> at the largest logit over the product of the two norms; clamp: a zero query has no direction
         norms = (q_norm * k_norm.gather(-1, key_BxHxT)).flatten().index_select(0, query.view(1))[0]
         readings[f"attention_logit_max/{block}"] = largest
         readings[f"qk_cosine_at_max/{block}"] = largest / (core.scale * norms).clamp_min(1e-30)
-        readings[f"q_rms/{block}"] = q.square().mean().sqrt()
-        readings[f"k_rms/{block}"] = k.square().mean().sqrt()
+        readings[f"q_rms/{block}"] = rms(q)
+        readings[f"k_rms/{block}"] = rms(k)
         # the mean over visible pairs of <q_i/|q_i|, k_j/|k_j|> needs only (running) sums of unit keys
         q_unit, k_unit = (x / n.clamp_min(1e-30).unsqueeze(-1) for x, n in ((q, q_norm), (k, k_norm)))
         k_sums = k_unit.cumsum(-2) if core.causal else k_unit.sum(-2, keepdim=True)
         sums = (q_unit * k_sums).sum((-1, -2)).mean()
         readings[f"qk_cosine/{block}"] = sums / visible_TxT.sum()
         if not core.pointwise:
-            p_BxHxTxT = core.weights(z_BxHxTxT)
-            readings[f"attention_entropy/{block}"] = torch.special.entr(p_BxHxTxT).sum(-1).mean()
+            readings[f"attention_entropy/{block}"] = entropy(core.weights(z_BxHxTxT)).mean()
     return hook
+
+
+def largest_logits(z_BxHxTxS: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each query the largest logit that is not hidden, and its key, both [B, H, T]."""
+    return z_BxHxTxS.masked_fill(hidden, -math.inf).max(-1)
+
+
+def entropy(p_BxHxTxS: Tensor) -> Tensor:
+    """Of each query's attention weights, in nats, [B, H, T]."""
+    return torch.special.entr(p_BxHxTxS).sum(-1)
 
 
 def full_precision(device_type: str):
@@ -155,7 +164,7 @@ def full_precision(device_type: str):
 def _read_output(readings: Readings, block: str):
     @torch.no_grad()
     def hook(module, inputs, output):
-        readings[f"output_rms/{block}"] = output.detach().float().square().mean().sqrt()
+        readings[f"output_rms/{block}"] = rms(output.detach().float())
     return hook
 
 
@@ -170,13 +179,21 @@ def _read_router(readings: Readings, block: str):
     return hook
 
 
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
 def _read_head(readings: Readings):
     @torch.no_grad()
     def hook(module, inputs, output):
-        logits_BxTxV = output.detach().float()
-        readings["logit_mean"] = logits_BxTxV.mean()
-        readings["log_z"] = logits_BxTxV.logsumexp(-1).mean()
+        readings.update(of_logits(output.detach()))
     return hook
+
+
+def of_logits(logits_BxTxV: Tensor) -> Readings:
+    """`logit_mean` over tokens and vocabulary and `log_z`, the mean over tokens, of output logits."""
+    logits_BxTxV = logits_BxTxV.float()
+    return {"logit_mean": logits_BxTxV.mean(), "log_z": logits_BxTxV.logsumexp(-1).mean()}
 
 
 @functools.cache
@@ -188,16 +205,39 @@ def import_dynamo() -> None:
     thread.join()
 
 
-def weak_hook(method: Callable) -> Callable:
-    """A hook that does not keep the method's object alive, and that `torch.compile` runs as it is."""
-    found = weakref.WeakMethod(method)
+class _WeakHook:
+    """Of a saved model nothing is left of it, and a copied model has it as it is."""
 
-    @torch.compiler.disable
-    def hook(*given):
-        alive = found()
+    def __init__(self, method: Callable, reason: str | None):
+        self._found = weakref.WeakMethod(method)
+        self._run = torch.compiler.disable(self._call, reason=reason)
+
+    def __call__(self, *given):
+        return self._run(*given)
+
+    def _call(self, *given):
+        alive = self._found()
         return alive(*given) if alive else None
 
-    return hook
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable:
+    return _nothing
+
+
+def _nothing(*_) -> None:
+    pass
+
+
+def weak_hook(method: Callable, reason: str | None = None) -> Callable:
+    """A hook that does not keep the method's object alive, and that `torch.compile` runs as it is; a whole graph
+    refuses it with this reason."""
+    return _WeakHook(method, reason)
 
 
 def unhook(hooks: list) -> None:
@@ -224,6 +264,9 @@ def apart(value, made: dict | None = None):
     return twin
 
 
-def _rms(quantity: str, tensors: dict[str, Tensor]) -> Readings:
-    return {f"{quantity}/{name}": torch.linalg.vector_norm(tensor) / math.sqrt(tensor.numel())
-            for name, tensor in tensors.items()}
+def rms_of(quantity: str, tensors: dict[str, Tensor]) -> Readings:
+    """`<quantity>/<name>` of each tensor; in half precision the sum of squares would overflow."""
+    half = (torch.float16, torch.bfloat16)
+    return {f"{quantity}/{name}": torch.linalg.vector_norm(
+        tensor, dtype=torch.float32 if tensor.dtype in half else None) / math.sqrt(tensor.numel())
+        for name, tensor in tensors.items()}

@@ -41,18 +41,15 @@ def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None =
     if isinstance(layers, str):
         known = dict(model.named_modules())
         if layers not in known:
-            stacks = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
-            raise ProfileError(unknown("module", layers, stacks or [name for name in known if name]))
+            lists = [n for n, module in known.items() if n and isinstance(module, (nn.ModuleList, nn.Sequential))]
+            raise ProfileError(unknown("module", layers, lists or [name for name in known if name]))
         layers = known[layers]
     if layers is not None:
         stack = list(layers) if isinstance(layers, (Sequence, nn.ModuleList, nn.Sequential)) else []
         if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
             raise ProfileError(f"layers must be modules in a list, got {layers!r:.60}: pass the model's list of blocks")
         return stack
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if _is_stack(module) and not any(not outer or name.startswith(f"{outer}.") for outer in sizes):
-            sizes[name] = sum(weight.numel() for weight in module.parameters())
+    sizes = {name: sum(weight.numel() for weight in stack.parameters()) for name, stack in stacks(model).items()}
     ranked = sorted(sizes, key=sizes.get, reverse=True)
     if not ranked:
         raise ProfileError(f"{type(model).__name__} has no residual stream to be seen (no list of layers): pass "
@@ -60,6 +57,15 @@ def residual_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None =
     if len(ranked) > 1 and sizes[ranked[1]] >= sizes[ranked[0]] / 10:
         raise ProfileError(f"{type(model).__name__} has several stacks, {', '.join(ranked)}: name one with layers=")
     return list(model.get_submodule(ranked[0]))
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost stacks of layers of a model, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if _is_stack(module) and not any(not outer or name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
 
 
 def _is_stack(module: nn.Module) -> bool:

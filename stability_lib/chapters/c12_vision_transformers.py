@@ -39,7 +39,7 @@ def vision(scale: str) -> list[RunConfig]:
         if scale == "quick":
             found += grid(base, arm=arms[:2], lr=[LADDER[1], EDGE[norm][-1]], seed=SEEDS[:2])
         elif scale == "cpu":
-            found += grid(base, arm=arms, lr=[*LADDER, *EDGE[norm]], seed=SEEDS)
+            found += grid(base, arm=arms, lr=LADDER, seed=SEEDS[:5]) + grid(base, arm=arms, lr=EDGE[norm], seed=SEEDS)
         else:
             found += grid(base, arm=arms, lr=[3e-4, 1e-3, 3e-3, 1e-2], seed=SEEDS[:3] if scale == "gpu" else SEEDS)
     return found
