@@ -291,6 +291,18 @@ def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[flo
     return resampled(wins[0] / pairs[0], wins[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0], n)
 
 
+def rank_correlation(x: Iterable[float], y: Iterable[float]) -> Estimate | None:
+    """Spearman's rank correlation of paired values with Fisher's z interval; None where fewer than four pairs, or
+    values that are all alike, allow for none. Raises `ValueError` for NaN and unequal lengths."""
+    x, y = (np.asarray(list(values), dtype=float) for values in (x, y))
+    if x.shape != y.shape or np.isnan(x + y).any():
+        raise ValueError(f"a rank correlation needs pairs without NaN, got {x[:6]} and {y[:6]}: leave such pairs out")
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    found = stats.pearsonr(stats.rankdata(x), stats.rankdata(y))
+    return estimate(found.statistic, len(x), found.confidence_interval)
+
+
 def calibration_error(failed: Iterable[bool], probability: Iterable[float], bins: int = 10) -> float:
     """Expected calibration error: |share that failed - mean probability| over equally wide bins, weighted by their
     runs. Raises `ValueError` where a probability is not within [0, 1]."""

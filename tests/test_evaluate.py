@@ -542,3 +542,22 @@ def test_a_largest_stable_lr_of_two_runs_at_one_lr_is_refused():
 def test_a_bare_column_name_is_refused_with_the_remedy(question):
     with pytest.raises(TypeError, match=r"name columns in a list, got 'arm': write \['arm'\]"):
         question(sweep([3.0, 2.0, 2.6]).assign(arm="a"), "arm")
+
+
+def test_a_rank_correlation_is_spearmans_with_fishers_interval():
+    x, y = [1.0, 2.0, 2.0, 5.0, 9.0, 7.0], [0.1, 0.0, 0.4, 0.3, 0.9, 0.3]
+    found, r = evaluate.rank_correlation(x, y), stats.spearmanr(x, y).statistic
+    assert (found.value, found.n) == (pytest.approx(r), 6)
+    half = 1.959964 / math.sqrt(6 - 3)
+    assert (found.low, found.high) == pytest.approx((math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)))
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 2, 3], [1, 2, 3]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([], [])])
+def test_no_rank_correlation_of_few_or_equal_values(x, y):
+    assert evaluate.rank_correlation(x, y) is None
+
+
+@pytest.mark.parametrize("y", [[1, 2, 3, math.nan], [1, 2, 3]])
+def test_a_rank_correlation_refuses_what_does_not_pair_up(y):
+    with pytest.raises(ValueError, match="leave such pairs out"):
+        evaluate.rank_correlation([1, 2, 3, 4], y)
