@@ -13,6 +13,21 @@ from .train import DEVICES, resolve_device
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 where something failed or disagreed, 2 for a wrong argument, 130
     after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit,
+                   "profile": _profile}
+        return command[options.command](options)
+    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
+            OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: runs that are in the store are kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stability-lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -59,19 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
         command.add_argument("--cluster", metavar="ADDRESS", default=os.environ.get(cluster.CLUSTER, ""),
                              help="train on a Dask cluster: tcp://HOST:8786, or local:4 for four processes here")
-
-    options = parser.parse_args(arguments)
-    try:
-        command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit,
-                   "profile": _profile}
-        return command[options.command](options)
-    except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
-            OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: runs that are in the store are kept", file=sys.stderr)
-        return 130
+    return parser
 
 
 def _reproduce(options) -> int:

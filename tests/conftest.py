@@ -13,15 +13,25 @@ import hypothesis
 import pytest
 import torch
 from sweeps import THREE, Process, Serial
+from torch.utils.flop_counter import FlopCounterMode
 
 from stability_lib import data, models, runs
-from stability_lib.config import RunConfig, non_default, run_key
+from stability_lib.config import RunConfig, non_default, replace, run_key
 from stability_lib.runs import Store
 from stability_lib.train import train_run
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("steady")
 torch.set_num_threads(1)  # at this size more threads only wait for each other
+
+
+def step_flops(config: RunConfig) -> int:
+    """FLOPs of a training step as PyTorch counts them; validation, the same in both runs, drops out."""
+    def counted(steps: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            train_run(replace(config, steps=steps))
+        return counter.get_total_flops()
+    return counted(4) - counted(3)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ time, and the 1797 of scikit-learn at `quick`."""
 LADDER = (5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 """Learning rates among which an arm finds its best."""
 EDGE = dict(pre_ln=(0.3, 0.4, 0.5, 0.6), rmsnorm=(0.4, 0.6, 0.75, 0.9))
-"""Learning rates of which, on pilot seed 100, only the last diverges without control: a few of 24 runs."""
+"""Learning rates up to about that at which runs without control begin to diverge: of pilot seed 100, Pre-LN's between
+0.3 and 0.6, RMSNorm's between 0.6 and 1."""
 SEEDS = (42, 123, 456, 1, 2, 3)
 """The paper's, and three more."""
 MATCHED = 0.13
