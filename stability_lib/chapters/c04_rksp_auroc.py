@@ -7,7 +7,7 @@ from ..studies import RECALL, check_scale
 _SWEEP = {
     "quick": ([(32, 2)], [1e-2, 3e-2, 8e-1], 60),
     "cpu": ([(32, 2), (64, 2), (32, 4), (64, 4)], [3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6], 200),
-    "gpu": ([(128, 2), (256, 4)], [3e-3, 1e-2, 3e-2, 2e-1, 8e-1], 2000),
+    "gpu": ([(128, 2), (288, 2)], [3e-3, 3e-2, 8e-1], 2000),
     "paper": ([(128, 4), (256, 8), (512, 12), (1024, 24)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 10_000),
 }
 """Widths and depths, learning rates and steps of chapter 04."""
@@ -46,8 +46,9 @@ def spectra_at_init(scale: str) -> list[RunConfig]:
     """Profiles of untrained models. By norm and, each alone, width, depth and initialization (paper K,
     Table 1), and with Kreiss constants of every model that the chapter trains."""
     setting = RunConfig(**RECALL | dict(seq_len=64, d_model=128, n_layers=4))
-    shapes = [] if scale == "quick" else [dict(d_model=64), dict(d_model=256), dict(n_layers=2), dict(n_layers=8)]
-    changes = [{}, *shapes, dict(init="pytorch"), dict(init="xavier"), dict(init="fan_in")]
+    inits = [dict(init="pytorch"), dict(init="xavier"), dict(init="fan_in")][:1 if scale == "gpu" else 3]
+    shapes = [dict(d_model=64), dict(d_model=256), dict(n_layers=2), dict(n_layers=8)]
+    changes = [{}, *(shapes if scale in ("cpu", "paper") else []), *inits]
     trained = [untrained(config, spectra_kreiss=True)
                for config in divergence_sweep(scale) + unseen_architectures(scale)]
     by_choice = grid(untrained(setting), norm=CHOICES["norm"], change=changes, seed=[42, 123, 456])
