@@ -35,7 +35,7 @@ def render() -> str:
     known = {function.__name__: function for function in NUMBERS}
     try:
         page = environment.from_string(text).render(known)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, LookupError) as error:
         raise ValueError(f"{TEMPLATE}: {error}: known are {', '.join(known)}") from error
     return page + scales(sorted(set(re.findall(r"\(\.\./notebooks/(\w+)\.ipynb", page))))
 
@@ -101,7 +101,7 @@ def scales(stems: list[str]) -> str:
 
 def _span(values: Iterable[float], show: Callable[[float], str] = "{:g}".format) -> str:
     ordered = sorted(values)
-    return " to ".join(dict.fromkeys((show(ordered[0]), show(ordered[-1]))))
+    return " to ".join(dict.fromkeys(map(show, ordered[:1] + ordered[-1:])))
 
 
 @functools.cache
@@ -151,7 +151,10 @@ def limit(which: str) -> str:
     01)."""
     growth = _committed("attention_logit_growth")
     found = evaluate.stable_lr(growth[growth["qk_norm"] == "none"], ["n_params"])
-    n = {"smallest": found["n_params"].min(), "largest": found["n_params"].max()}[which]
+    ends = {"smallest": found["n_params"].min(), "largest": found["n_params"].max()}
+    if which not in ends:
+        raise ValueError(unknown("size", which, ends))
+    n = ends[which]
     rate = evaluate.geometric_mean(found.loc[found["n_params"] == n, "crossing_lr"])
     return f"{plotting.size_label(n)} parameters from {_estimate(rate)}"
 

@@ -146,10 +146,13 @@ def test_unknown_names_are_errors():
         advice.claim("KT3.clipping", "reproduced", "percent")
     with pytest.raises(ValueError, match="unknown arm 'clip 2'"):
         advice.diverged("clip 2")
+    with pytest.raises(ValueError, match="unknown size 'middle'"):
+        advice.limit("middle")
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{{ divergd('clip 1') }}", "'divergd' is undefined: known are claim, chapter"), ("{{ claim( }}", "unexpected")])
+    ("{{ divergd('clip 1') }}", "'divergd' is undefined: known are claim, chapter"), ("{{ claim( }}", "unexpected"),
+    ("{{ kept_lr('mup') }}", "single positional indexer")])
 def test_a_fault_in_the_template_names_it(text, message, tmp_path, monkeypatch):
     (tmp_path / "page.in").write_text(text)
     monkeypatch.setattr(advice, "TEMPLATE", tmp_path / "page.in")
@@ -182,3 +185,5 @@ def test_every_chapter_cited_has_its_scale_in_the_table():
     table = PAGE[PAGE.index("## Where the numbers are from"):]
     assert cited == set(re.findall(r"^\| \[\d\d\]\(\.\./notebooks/(\w+)\.ipynb\)", table, flags=re.M))
     assert cited <= set(studies.modules())
+    row = advice.scales(["13_pretrained_models"]).splitlines()[-1]  # a chapter without runs
+    assert row == "| [13](../notebooks/13_pretrained_models.ipynb) |  |  |  |  |"
