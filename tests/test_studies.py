@@ -14,7 +14,7 @@ GOLDEN = {
     "attention_patterns": ("3ad3f9e8", "d4949ad0", "10c3c07f", "037316a5"),
     "output_logit_floor": ("a49cf61d", "786af0e1", "ad518a84", "c6b9d133"),
     "output_logit_harm": ("4eb93c53", "ac90c4c1", "6e0bc618", "fcd32fc5"),
-    "output_logit_held": ("7cb994df", "75e8067f", "16c76acb", "63c590c7"),
+    "output_logit_held": ("b9eca0d6", "ec22cf9e", "c0d460cf", "444533b1"),
     "output_logit_drift": ("6a26a577", "2de6a1a0", "a72325e1", "eb9eeee4"),
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
