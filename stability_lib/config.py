@@ -56,7 +56,7 @@ CHOICES = {
     "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
     "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
     "optimizer": ("adamw", "lion", "lamb"),
-    "decay": ("independent", "pytorch", "scaled"),
+    "decay": ("independent", "pytorch"),
     "tokenizer": ("bytes", "bpe"),
     "pooling": ("mean", "class_token"),
     "precision": ("fp32", "bf16"),
@@ -186,8 +186,7 @@ class RunConfig:
     weight_decay: float = 1e-4
     decay: str = "independent"
     """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
-    with the layer's own LR: under muParam lr times its multiplier; `scaled`: the same with `lr` alone, whatever the
-    multiplier (Kosson et al. 2025)."""
+    with the layer's own LR: under muParam lr times its multiplier."""
     clip_norm: float | None = 1.0
     z_loss: float = 1e-4
     gradient_penalty: float = 0.0

@@ -35,7 +35,7 @@ def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
 
     All three optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
     s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier. Under
-    `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda, under `scaled` by s_t * lr * lambda.
+    `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda.
     """
     groups: dict[float, list] = {}
     multipliers = lr_multipliers(model, config)
@@ -44,7 +44,7 @@ def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     settings = []
     for multiplier, parameters in groups.items():
         peak = config.lr * multiplier
-        decay = config.weight_decay / {"independent": peak, "pytorch": 1, "scaled": multiplier}[config.decay]
+        decay = config.weight_decay / (peak if config.decay == "independent" else 1)
         settings.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
     betas = dict(betas=(config.beta1, config.beta2))
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
