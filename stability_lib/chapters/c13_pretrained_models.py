@@ -2,7 +2,7 @@
 Figs. 3, 4.)
 
 Nothing is trained here: the chapter's numbers are profiles of layers, a row each in `data/profiles/pretrained.csv`,
-which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 13 minutes of a core).
+which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 15 minutes of a core).
 
 The claims were set after a first look at SmolLM2 with 694 token states of the library's prompts: by thirds of depth M1
 .18, .25, .21, eta .17, .21, .18, kappa about 2000, rho 8.0, 3.1, 2.5 at full rank; M1 .50, .88, .44, eta .77, .80,
