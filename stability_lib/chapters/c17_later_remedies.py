@@ -11,6 +11,10 @@ Pilots before the claims: one seed that no study uses, at the smaller size and l
 There Muon and gated attention reached lower losses than no remedy at 0.03, sigma-reparametrization a higher one; at 0.3
 QK-clip ended at 2.41, the soft cap at 2.54 (logits 1e4 before the cap), scaled learning rates at 2.71, where chapter 01
 has 2.8 to 3.1 without and 2.2 to 2.3 with qk-norm.
+
+Two criteria, `clip-free` and `muonclip-free`, were restated while the sweep ran, before any of its runs was read: at
+scale `quick` QK-clip has nothing to do at the best learning rate, so that the difference there is exactly zero, which
+the rule cannot judge. They now go by the next learning rate of the grid, where it has.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,12 +92,13 @@ def remedy_cost(scale: str) -> list[RunConfig]:
 STUDIES = (later_remedies, remedy_cost, later_remedies_smaller)
 
 _BETTER = "loss at the best LR of each (nats)"
+_ABOVE = "loss (nats) at the LR of the grid next above the best"
 _SENSITIVITY = "LR sensitivity (nats)"
 CLAIMS = (
     Claim("L17.clip-helps", "Kimi K2, Sec. 2.1", "QK-clip makes training stable",
           "logits stay at 100, no loss spike", f"{_SENSITIVITY} with QK-clip minus without a remedy", "<", 0.0),
     Claim("L17.clip-free", "Kimi K2, Sec. 2.1", "QK-clip does not cost loss", "no harm to the loss",
-          f"{_BETTER}, QK-clip minus no remedy", "within", 0.05),
+          f"{_ABOVE} of no remedy, QK-clip minus no remedy", "<", 0.05),
     Claim("L17.clip-as-norm", "ours", "QK-clip does what qk-norm does", "",
           f"{_SENSITIVITY} with QK-clip minus with qk-norm", "within", 0.1),
     Claim("L17.muon-lr", "Moonlight, Sec. 2.2", "with its step matched, Muon takes AdamW's learning rate",
@@ -105,7 +110,7 @@ CLAIMS = (
     Claim("L17.muonclip-helps", "Kimi K2, Sec. 2.1", "QK-clip makes Muon stable", "logits stay at 100, no loss spike",
           f"{_SENSITIVITY} of Muon with QK-clip minus without", "<", 0.0),
     Claim("L17.muonclip-free", "Kimi K2, Sec. 2.1", "QK-clip does not cost Muon loss", "no harm to the loss",
-          f"{_BETTER}, Muon with QK-clip minus without", "within", 0.05),
+          f"{_ABOVE} of Muon, Muon with QK-clip minus without", "<", 0.05),
     Claim("L17.cap-helps", "Gemma 2", "a soft cap of 50 makes training stable", "used for that",
           f"{_SENSITIVITY} with the cap minus without a remedy", "<", 0.0),
     Claim("L17.cap-grows", "Kimi K2, Sec. 2.1", "under a soft cap queries and keys go on growing",
