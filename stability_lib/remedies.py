@@ -1,9 +1,8 @@
 """Remedies for a model and loop of one's own: z-loss, qk-norm, QK-clip, and the learning rates it can stand.
 
-Dimensions: B batch, T position, V vocabulary, H heads, G heads of keys, E head size.
+Dimensions: B batch, T position, V vocabulary.
 """
 
-import dataclasses
 import math
 import time
 import warnings
@@ -14,13 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import blocks, evaluate, optim
+from . import evaluate, optim, projections
 from .config import RunConfig
 from .monitor import StabilityMonitor
 from .stream import unwrapped
 from .studies import PAPER_LRS
-
-_OWN_NORMS = ("q_norm", "k_norm", "q_layernorm", "query_layernorm", "qk_norm")
 
 
 def z_loss(logits_BxTxV: Tensor, mask_BxT: Tensor | None = None, coefficient: float = 1e-4) -> Tensor:
@@ -39,25 +36,6 @@ def z_loss(logits_BxTxV: Tensor, mask_BxT: Tensor | None = None, coefficient: fl
     return coefficient * squares.masked_fill(~counts, 0.0).sum() / counts.sum().clamp_min(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Projections:
-    """Where a layer makes queries and keys: linear maps, of one output for both where `axis` is an axis of `shape`."""
-
-    query: nn.Module
-    key: nn.Module
-    head_size: int
-    shape: tuple[int, ...] = ()
-    axis: int = 0
-
-    def heads(self, part: str) -> Tensor:
-        """The indices of output features of the queries or keys, [H or G, E]."""
-        linear = getattr(self, part)
-        features = torch.arange(linear.bias.numel() if linear.bias is not None else linear.weight.shape[0])
-        if not self.shape:
-            return features.view(-1, self.head_size)
-        return features.view(self.shape).unbind(self.axis)[0 if part == "query" else 1]
-
-
 def layer_norm(head_size: int) -> nn.Module:
     """Paper P's qk-norm: a gain and no bias, shared by all heads."""
     return nn.LayerNorm(head_size, bias=False)
@@ -72,8 +50,8 @@ def add_qk_norm(model: nn.Module, norm: Callable[[int], nn.Module] = layer_norm)
     loaded: it changes what a pretrained model computes, and adds weights. `norm` makes one from the head size
     (`nn.RMSNorm` gives Qwen3's). Raises `ValueError` for a model that has qk-norm already and for other families.
     """
-    for name, layer in _attention(model).items():
-        _without_norm(name, unwrapped(model).get_submodule(name))
+    for name, layer in projections.of(model).items():
+        projections.require_no_norm(name, unwrapped(model).get_submodule(name))
         made = {"query": norm(layer.head_size), "key": norm(layer.head_size)}
         for part, module in made.items():
             linear = getattr(layer, part)
@@ -95,85 +73,16 @@ def _norm_both(linear: nn.Module, inputs: tuple, output: Tensor, shape: tuple, a
     return torch.stack([linear.query_norm(query), linear.key_norm(key), value], axis - 3).flatten(-3)
 
 
-@torch.no_grad()
 def qk_clip(model: nn.Module, threshold: float, monitor: StabilityMonitor) -> dict[str, list[int]]:
     """Shrink query and key weights of heads whose largest logit passed `threshold` in the step that `monitor` just
-    read, so that the same inputs would now give `threshold`; call it after `optimizer.step()`.
+    read, so that the same inputs would now give `threshold`, see `projections.clip`; call it after `optimizer.step()`.
 
-    Both shrink by sqrt(threshold / largest); where heads share keys (grouped queries) the queries alone, by the whole
-    factor, as other heads need the keys (Kimi K2, arXiv 2507.20534, Sec. 2.1, where it runs at every step: `every=1`).
-    Nothing happens at a step that was not read. Returns the heads that were clipped by layer. Raises `ValueError` where
-    qk-norm or a soft cap stands between the weights and the logits, and for layers that `add_qk_norm` does not know.
+    Kimi K2 runs it at every step (`every=1`). Nothing happens at a step that was not read. Returns the heads that were
+    clipped by layer. Raises `ValueError` where qk-norm or a soft cap stands between the weights and the logits, and for
+    layers that `add_qk_norm` does not know.
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold must be above 0, got {threshold}")
-    clipped, maxima, monitor.head_maxima = {}, monitor.head_maxima, {}
-    known = _attention(model) if maxima else {}
-    for name, largest_H in maxima.items():
-        layer_name = name.removesuffix(".core")
-        if layer_name not in known:
-            raise ValueError(f"QK-clip does not know the weights of {name}: it knows those of {', '.join(known)}")
-        layer, module = known[layer_name], unwrapped(model).get_submodule(layer_name)
-        _without_norm(layer_name, module)
-        if getattr(getattr(module, "config", None), "attn_logit_softcapping", None):
-            raise ValueError(f"the logits of {name} are soft-capped, so that scaling weights does not scale them: set "
-                             "attn_logit_softcapping=None or leave QK-clip out")
-        factor_H = torch.where(largest_H > threshold, threshold / largest_H, 1.0)
-        if not bool((factor_H < 1).any()):
-            continue
-        own_keys = len(layer.heads("key")) == len(layer.heads("query"))
-        for part in ("query", "key") if own_keys else ("query",):
-            _scale(getattr(layer, part), layer.heads(part), factor_H.sqrt() if own_keys else factor_H)
-        clipped[name] = (factor_H < 1).nonzero().flatten().tolist()
-    return clipped
-
-
-def _scale(linear: nn.Module, features_HxE: Tensor, factor_H: Tensor) -> None:
-    weight, bias = linear.weight, linear.bias
-    outputs = 1 if type(linear).__name__ == "Conv1D" else 0  # GPT-2 keeps [in, out]
-    factor = torch.ones(weight.shape[outputs], device=weight.device)
-    factor[features_HxE.to(weight.device)] = factor_H.to(weight.device, torch.float32).unsqueeze(-1)
-    weight.mul_((factor.unsqueeze(0) if outputs else factor.unsqueeze(-1)).to(weight.dtype))
-    if bias is not None:
-        bias.mul_(factor.to(bias.dtype))
-
-
-def _attention(model: nn.Module) -> dict[str, _Projections]:
-    """The attention layers of a model by name; raises `ValueError` where there are none that are known."""
-    found = {name: layer for name, module in unwrapped(model).named_modules() if (layer := _projections(module))}
-    if not found:
-        kinds = {type(part).__name__ for part in model.modules() if type(part).__name__.endswith("Attention")}
-        whole = type(unwrapped(model)).__name__
-        raise ValueError(f"no known queries and keys in {whole} ({', '.join(sorted(kinds))}): known are those of "
-                         "q_proj and k_proj (LLaMA, Mistral, Qwen2, Phi, OPT, ViT, ...), of BERT, GPT-2 and GPT-NeoX")
-    return found
-
-
-def _projections(module: nn.Module) -> _Projections | None:
-    kind, size = type(module).__name__, getattr(module, "head_dim", None)
-    if isinstance(module, blocks.Attention):
-        return _Projections(module.qkv, module.qkv, module.head_size, (3, -1, module.head_size), 0)
-    if kind == "GPT2Attention" and not module.is_cross_attention:
-        return _Projections(module.c_attn, module.c_attn, size, (3, -1, size), 0)
-    if kind == "GPTNeoXAttention":
-        joint, size = module.query_key_value, module.head_size
-        return _Projections(joint, joint, size, (-1, 3, size), 1)
-    if kind == "BertSelfAttention":
-        return _Projections(module.query, module.key, module.attention_head_size)
-    pair = [getattr(module, name, None) for name in ("q_proj", "k_proj")]
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    if size and all(isinstance(linear, nn.Linear) for linear in pair) and pair[0].out_features % size == 0 and (
-            heads is None or pair[0].out_features == heads * size):
-        return _Projections(*pair, size)
-    return None
-
-
-def _without_norm(name: str, module: nn.Module) -> None:
-    parts = [child for child, part in module.named_modules() if not isinstance(part, nn.Identity)
-             and (child in _OWN_NORMS or child.endswith((".query_norm", ".key_norm")))]
-    if parts:
-        raise ValueError(f"{name} has qk-norm already ({parts[0]}), as Qwen3, Gemma3 and OLMo2 do: there is nothing to "
-                         "add or clip")
+    maxima, monitor.head_maxima = monitor.head_maxima, {}
+    return projections.clip(model, maxima, threshold)
 
 
 def lr_range(make_model: Callable[[int], nn.Module], loss: Callable[[nn.Module, object], Tensor], batches: Sequence,

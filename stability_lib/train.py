@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data, koopman, models, moe, optim, probes, shaping
+from . import data, koopman, models, moe, optim, probes, projections, shaping
 from .config import RunConfig, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -254,7 +254,8 @@ class Single:
     def _losses(self, batch: Tensor, probe: bool = False) -> tuple[Tensor, Tensor, probes.Readings]:
         config = self.config
         kernel = sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
-        with kernel:  # the fused ones cannot be differentiated twice
+        heads = probes.watch_heads(self.model) if config.qk_clip is not None else contextlib.nullcontext()
+        with kernel, heads as self.head_maxima:  # the fused ones cannot be differentiated twice
             loss, objective, readings = losses(self.model, batch, config, config.z_loss, self.device, probe)
         if config.gradient_penalty:
             gradients = torch.autograd.grad(objective, [*self.model.parameters()], create_graph=True)
@@ -286,6 +287,9 @@ class Single:
         optim.set_lr(self.optimizer, optim.schedule(self.config, step))
         with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:
             self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
+        if self.config.qk_clip is not None:
+            clipped = projections.clip(self.model, self.head_maxima, self.config.qk_clip)
+            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))))
         if self.kss:
             self.kss.step()
         return _with_axis(moved)

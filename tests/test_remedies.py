@@ -8,7 +8,8 @@ import torch
 from test_monitor import T, V, build, inputs, quietly
 from torch import nn
 
-from stability_lib import models, remedies
+from stability_lib import models, projections, remedies
+from stability_lib.config import replace
 from stability_lib.train import loss_terms
 
 SEPARATE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Gemma2ForCausalLM", "MixtralForCausalLM",
@@ -56,9 +57,9 @@ def test_qk_norm_takes_the_scale_of_queries_and_keys_out(name):
     for scale in (1, 100):
         model = remedies.add_qk_norm(build(name, **{"attn_logit_softcapping": None} if "Gemma2" in name else {}))
         with torch.no_grad():
-            for layer in remedies._attention(model).values():
+            for layer in projections.of(model).values():
                 for part in ("query", "key"):
-                    remedies._scale(getattr(layer, part), layer.heads(part), torch.full((1,), float(scale)))
+                    projections._scale(getattr(layer, part), layer.heads(part), torch.full((1,), float(scale)))
         found.append(maxima(model))
     assert len(found[0]) == 2 and found[0].keys() == found[1].keys()
     for layer in found[0]:
@@ -147,6 +148,12 @@ def test_qk_clip_is_refused_where_weights_do_not_scale_logits(name, message):
     model = build(name)
     with pytest.raises(ValueError, match=message):
         clip(model, inputs(model), 1e-6)
+
+
+def test_qk_clip_is_refused_where_weights_are_made_anew_at_each_pass(tiny):
+    model = models.build(replace(tiny, qk_norm="none", reparametrization="spectral_norm"), V)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention are reparametrized"):
+        projections.clip(model, {"blocks.0.attention": torch.full((2,), 9.0)}, 1.0)
 
 
 # learning rates

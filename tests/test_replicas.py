@@ -43,6 +43,7 @@ def assert_same(found: train.RunResult, single: train.RunResult, rel: float = 1e
     {"norm": "deepnorm_pre", "init": "xavier", "biases": True, "n_layers": 1}, {"norm": "subln", "init": "gpt2"},
     {"norm": "no_norm", "residual": "rezero", "init": "pytorch", "biases": True},
     {"attention": "squared_relu", "parametrization": "mup_simple", "base_width": 8, "attention_maps": 2},
+    {"attention_cap": 2.0, "qk_norm": "none", "attention_maps": 2}, {"attention_gate": True, "attention_cap": 50.0},
     {"parametrization": "mup_intermediate", "base_width": 8, "z_loss": 0.0, "clip_norm": None},
     {"parametrization": "mup_full", "base_width": 8, "decay": "pytorch", "weight_decay": 0.1},
     {"data": "recall", "logit_transplant": 1.0}, {"data": "synthetic_lm", "vocab_size": 64},
@@ -171,10 +172,11 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
               "recall_pairs": 2, "eval_sequences": 9, "batch_size": 5, "mlp_ratio": 2, "rope_base": 10.0,
               "layernorm_eps": 1e-5, "gradient_penalty": 0.1, "sam_rho": 0.1, "shaping_alpha": 2.0,
               "shaping_every": 3, "shaping_beta": 2.0, "state_size": 8, "conv_width": 2, "expansion": 1, "experts": 4,
-              "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2}
+              "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2, "attention_cap": 50.0,
+              "attention_gate": True, "qk_clip": 100.0}
     fields = {f.name for f in dataclasses.fields(RunConfig)} - {*replicas.NUMBERS}
     assert fields == {*other}
-    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300)}
+    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300), "qk_clip": dict(qk_norm="none")}
     for name, value in other.items():
         config = replace(tiny, **base.get(name, {}))
         changed = replace(config, **{name: value})
@@ -183,7 +185,9 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
 
 @pytest.mark.parametrize("changes", [
     {"optimizer": "lion"}, {"optimizer": "lamb"}, {"sam_rho": 0.1}, {"gradient_penalty": 0.1}, {"shaping": "kss"},
-    {"spectra_every": 2}, {"reparametrization": "spectral_norm"}, {"reparametrization": "weight_norm"}], ids=str)
+    {"spectra_every": 2}, {"reparametrization": "spectral_norm"}, {"reparametrization": "weight_norm"},
+    {"reparametrization": "sigma_reparam"}, {"optimizer": "muon"}, {"qk_lr": "other_norm"},
+    {"qk_clip": 2.0, "qk_norm": "none"}], ids=str)
 def test_what_cannot_be_a_replica_trains_alone_as_ever(tiny, changes):
     configs = [replace(tiny, seed=seed, **changes) for seed in range(2)]
     assert batches(configs) == [[config] for config in configs]
@@ -251,7 +255,9 @@ def test_eight_replicas_that_hardly_take_longer_than_two_say_nothing_of_the_rate
 @pytest.mark.parametrize("changes, alone", [
     ({}, False), ({"precision": "bf16", "n_layers": 3}, False), ({"optimizer": "lion"}, True),
     ({"shaping": "kss", "shaping_every": 1}, True), ({"gradient_penalty": 0.1}, True), ({"sam_rho": 0.1}, True),
-    ({"reparametrization": "spectral_norm"}, True)])
+    ({"reparametrization": "spectral_norm"}, True), ({"reparametrization": "sigma_reparam"}, True),
+    ({"optimizer": "muon"}, True), ({"qk_lr": "other_norm"}, True), ({"qk_clip": 100.0, "qk_norm": "none"}, True),
+    ({"optimizer": "muon", "qk_clip": 1.0, "qk_norm": "none"}, True)])
 def test_the_operations_of_a_step_are_about_as_many_as_are_dispatched(tiny, changes, alone):
     class Counted(TorchDispatchMode):
         n = 0

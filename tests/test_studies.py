@@ -14,7 +14,10 @@ GOLDEN = {
     "attention_patterns": ("3ad3f9e8", "d4949ad0", "10c3c07f", "037316a5"),
     "output_logit_floor": ("a49cf61d", "786af0e1", "ad518a84", "c6b9d133"),
     "output_logit_harm": ("4eb93c53", "ac90c4c1", "6e0bc618", "fcd32fc5"),
+    "output_logit_held": ("b9eca0d6", "ec22cf9e", "c0d460cf", "444533b1"),
+    "output_logit_drift": ("6a26a577", "2de6a1a0", "a72325e1", "eb9eeee4"),
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
+    "mu_parametrization_seeds": ("3d4e5f1c", "21e14946", "921ea371", "8fb02d3a"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
@@ -45,6 +48,9 @@ GOLDEN = {
     "remedies_of_both": ("fc3da914", "e4d63a33", "242c120d", "4607ce3a"),
     "norm_placements": ("68868249", "8a52d55a", "988c7340", "64f6b548"),
     "profiles_at_start": ("7e51a082", "4dd3fdbf", "698306a1", "ca1632dd"),
+    "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
+    "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
+    "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -80,7 +86,8 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
 NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
-                   "remedies_of_both", "norm_placements", "profiles_at_start")
+                   "remedies_of_both", "norm_placements", "profiles_at_start",
+                   "later_remedies", "remedy_cost", "later_remedies_smaller")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
