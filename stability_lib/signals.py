@@ -170,3 +170,26 @@ def judge(series: pd.DataFrame, runs: pd.DataFrame, threshold: float) -> pd.Data
                      "lead": (run["failing_step"] - alarm if warned else 0.0) if fails else math.nan,
                      "false_alarms": math.nan if fails else float(onsets(values, threshold))}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["alarm_step", "warned", "lead", "false_alarms"])
+
+
+OTHERS = {"sharpness": "sharpness_step", "near_unit_mass": "spectra_step", "spectral_radius": "spectra_step"}
+"""Readings at steps of their own that are judged beside `SIGNALS`: AdamW's sharpness, and M1 and rho, means over layers."""
+
+
+def series(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of rows of `runs.ensure`, every signal that was read once the warm-up was over: `key`, `signal`, `step`, `value`.
+
+    What was not finite is infinite, of a spectral profile that could not be made NaN.
+    """
+    found = []
+    for run in runs.itertuples():
+        curves = {name: [math.inf if value is None else value for value in values]
+                  for name, values in run.curves.items() if name.startswith("signal/")}
+        table = derive({name.removeprefix("signal/"): values for name, values in curves.items()})
+        parts = [(name, run.curves["signal_step"], table[name]) for name in table]
+        parts += [(name, run.curves[steps], pd.Series(run.curves[name], dtype=float))
+                  for name, steps in OTHERS.items() if name in run.curves]
+        found += [pd.DataFrame({"key": run.key, "signal": name, "step": steps, "value": values.to_numpy()})
+                  for name, steps, values in parts]
+    every = pd.concat(found, ignore_index=True)
+    return every[every["step"] >= every["key"].map(runs.set_index("key")["warmup_steps"])].reset_index(drop=True)
