@@ -57,7 +57,8 @@ class AttentionCore(nn.Module):
     def __init__(self, config: RunConfig):
         super().__init__()
         self.scale = config.scale
-        self.pointwise = config.attention == "squared_relu"
+        self.pointwise, self.cap = config.attention == "squared_relu", config.attention_cap
+        self.fused = not self.pointwise and self.cap is None
         self.causal = config.causal
 
     def logits(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor) -> Tensor:
@@ -65,10 +66,13 @@ class AttentionCore(nn.Module):
         return q_BxHxTxE @ k_BxHxTxE.mT * self.scale
 
     def weights(self, z_BxHxTxT: Tensor) -> Tensor:
-        """Attention weights of logits: the softmax over visible keys, or relu(z)^2 / sqrt(T) (Fig. E.11)."""
+        """Attention weights of logits: the softmax over visible keys, of capped logits where there is a cap, or
+        relu(z)^2 / sqrt(T) (Fig. E.11)."""
         hidden = ~self.visible(z_BxHxTxT)
         if self.pointwise:
             return z_BxHxTxT.relu().square().masked_fill(hidden, 0.0) / math.sqrt(z_BxHxTxT.shape[-1])
+        if self.cap is not None:
+            z_BxHxTxT = self.cap * torch.tanh(z_BxHxTxT / self.cap)
         return z_BxHxTxT.masked_fill(hidden, -math.inf).softmax(-1)
 
     def visible(self, z_BxHxTxT: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ class AttentionCore(nn.Module):
         return all_TxT.tril() if self.causal else all_TxT
 
     def forward(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor, v_BxHxTxE: Tensor) -> Tensor:
-        if self.pointwise:
+        if not self.fused:
             return self.weights(self.logits(q_BxHxTxE, k_BxHxTxE)) @ v_BxHxTxE
         return F.scaled_dot_product_attention(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE, is_causal=self.causal, scale=self.scale)
 
@@ -89,6 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         d, self.head_size, self.qk_norm = config.d_model, config.d_head, config.qk_norm
         self.qkv = nn.Linear(d, 3 * d, bias=config.biases)
+        self.gate = nn.Linear(d, d, bias=config.biases) if config.attention_gate else None
         self.inner_norm = inner_norm(d, config)
         self.out = nn.Linear(d, d, bias=config.biases)
         normed = {"none": None, "head": config.d_head, "model": d}[config.qk_norm]
@@ -112,7 +117,10 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = rotate(q, self.rotary), rotate(k, self.rotary)
         mixed_BxHxTxE = self.core(q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2))
-        return self.out(self.inner_norm(mixed_BxHxTxE.transpose(1, 2).flatten(-2)))
+        mixed_BxTxD = mixed_BxHxTxE.transpose(1, 2).flatten(-2)
+        if self.gate is not None:
+            mixed_BxTxD = mixed_BxTxD * self.gate(x_BxTxD).sigmoid()
+        return self.out(self.inner_norm(mixed_BxTxD))
 
 
 class MLP(nn.Module):

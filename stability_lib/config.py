@@ -59,13 +59,14 @@ CHOICES = {
     "attention": ("softmax", "squared_relu"),
     "attention_scale": ("parametrization", "1/sqrt(d_h)", "1/d_h"),
     "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
-    "optimizer": ("adamw", "lion", "lamb"),
+    "optimizer": ("adamw", "lion", "lamb", "muon"),
+    "qk_lr": ("own", "other_norm"),
     "decay": ("independent", "pytorch"),
     "tokenizer": ("bytes", "bpe"),
     "pooling": ("mean", "class_token"),
     "precision": ("fp32", "bf16"),
     "residual": ("plain", "scaled", "rezero"),
-    "reparametrization": ("none", "spectral_norm", "weight_norm"),
+    "reparametrization": ("none", "spectral_norm", "weight_norm", "sigma_reparam"),
     "shaping": ("none", "kss", "unstable", "near_unit", "random_l2", "residual_norm", "activation_variance",
                 "jacobian"),
     "shaping_dmd": ("pod", "random", "whitened"),
@@ -159,7 +160,8 @@ class RunConfig:
     linear layers, embeddings N(0, 0.02^2). Biases start at zero except under `pytorch`."""
     reparametrization: str = "none"
     """Of the linear layers of the blocks, by torch's parametrizations: `spectral_norm` divides a weight by its largest
-    singular value, `weight_norm` trains the norm and the direction of each row apart."""
+    singular value, `sigma_reparam` does and multiplies it by a trained number, 1 at first (Zhai et al. 2023), and
+    `weight_norm` trains the norm and the direction of each row apart."""
     qk_norm: str = "head"
     """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
     d_model (Fig. E.8); `none`."""
@@ -167,6 +169,11 @@ class RunConfig:
     """`squared_relu`: pointwise relu(z)^2 / sqrt(seq_len) in place of the softmax (Fig. E.11)."""
     attention_scale: str = "parametrization"
     """Factor on <q, k>. `parametrization`: 1/d_h under `mup_full`, else 1/sqrt(d_h)."""
+    attention_cap: float | None = None
+    """c of soft-capping: the softmax is taken of c tanh(z / c) in place of z (Gemma 2, where c is 50)."""
+    attention_gate: bool = False
+    """Whether each head's output is multiplied, number by number, by a sigmoid of a linear map of what enters the
+    attention (Qiu et al. 2025)."""
     logit_transplant: float | None = None
     """kappa of Fig. 10: q and k pass through g(z) = sqrt(kappa) z / RMS(z)."""
     rope_base: float = 10_000.0
@@ -180,7 +187,12 @@ class RunConfig:
 
     # optimizer
     optimizer: str = "adamw"
-    """`lion` has no `eps`; `lamb` scales each matrix's step by its own norm. Decay acts in all three alike."""
+    """`lion` has no `eps`; `lamb` scales each matrix's step by its own norm; `muon` (Jordan 2024) is torch's for the
+    linear layers of the blocks, with its own momentum 0.95, query, key and value projections as matrices of their own
+    and the step that AdamW's learning rates fit, and AdamW for all else. Decay acts in all of them alike."""
+    qk_lr: str = "own"
+    """`other_norm`: of W_Q it is `lr` times the norm of W_K at initialisation over that of now, and the other way
+    round, so that a step changes the logits by as much as at first (Anson and Aitchison 2025)."""
     lr: float = 1e-2
     steps: int = 400
     warmup_steps: int = 20
@@ -194,6 +206,9 @@ class RunConfig:
     """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
     with the layer's own LR: under muParam lr times its multiplier."""
     clip_norm: float | None = 1.0
+    qk_clip: float | None = None
+    """Threshold of QK-clip: after a step, the query and key weights of a head whose largest logit in the step's batch
+    was above it shrink so that it would not have been (Kimi K2, where it is 100)."""
     z_loss: float = 1e-4
     gradient_penalty: float = 0.0
     """Times the squared norm of the loss's gradient, added to the loss."""
@@ -291,6 +306,7 @@ class RunConfig:
                         field != "norm" or self.norm == "subln"):
                     raise ValueError(f"{field} {getattr(self, field)!r} is not worked out for {name} "
                                      f"{getattr(self, name)!r}: choose {field} {plain!r}, or {name} {other!r}")
+        self._check_remedies()
         if self.mixer == "mamba" and (self.mlp != "gelu" or self.attention_maps or not self.causal):
             raise ValueError("a block of mixer 'mamba' has neither MLP nor attention, and sees only what came before: "
                              "choose mlp 'gelu', attention_maps 0, and no images")
@@ -310,12 +326,14 @@ class RunConfig:
 
     def _check_readings(self) -> None:
         attention = ("attention_logit_max", "logit_growth", "attention_collapse")
-        plain = dict(optimizer="adamw", sam_rho=0.0, parametrization="standard")
-        if self.sharpness_every:
-            for name, value in plain.items():
+        plain = dict(sam_rho=0.0, qk_lr="own")
+        for what, needs in (("sharpness_every", plain | dict(optimizer="adamw", parametrization="standard")),
+                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none"))):
+            used = self.sharpness_every if what == "sharpness_every" else self.on_alarm == "roll_back"
+            for name, value in needs.items() if used else ():
                 if getattr(self, name) != value:
-                    raise ValueError(f"sharpness_every {self.sharpness_every} reads what AdamW's own step is stable for: "
-                                     f"choose {name} {value!r}, or sharpness_every 0")
+                    raise ValueError(f"{what} {getattr(self, what)!r} is worked out for AdamW's own state alone: choose "
+                                     f"{name} {value!r}, or leave {what} out")
         if self.alarm == "none":
             return
         if not self.signals_every:
@@ -325,9 +343,27 @@ class RunConfig:
             raise ValueError(f"alarm {self.alarm!r} needs softmax attention to read: choose another alarm")
         if self.alarm in ("output_kurtosis", "kurtosis_jump") and not self.n_layers:
             raise ValueError(f"alarm {self.alarm!r} needs blocks to read: choose another alarm, or n_layers 1 or more")
-        if self.on_alarm == "roll_back" and (self.sam_rho or self.shaping != "none"):
-            raise ValueError("on_alarm 'roll_back' is not worked out for SAM and for shaping, which keep more than weights "
-                             "and moments: choose sam_rho 0 and shaping 'none', or on_alarm 'halve_lr'")
+        if self.on_alarm == "qk_clip" and self.qk_clip is None:
+            raise ValueError("on_alarm 'qk_clip' needs a threshold to clip at: choose qk_clip 100, or another on_alarm")
+
+    def _check_remedies(self) -> None:
+        """Remedies that came after the papers need what they act on."""
+        on = {"qk_clip": self.qk_clip is not None, "attention_cap": self.attention_cap is not None,
+              "attention_gate": self.attention_gate, "qk_lr": self.qk_lr != "own",
+              "optimizer": self.optimizer == "muon"}
+        direct = {"qk_norm": "none", "attention_cap": None, "logit_transplant": None, "reparametrization": "none"}
+        softmax = {"mixer": "attention", "attention": "softmax"}
+        needs = {"qk_clip": softmax | direct | {"sam_rho": 0.0}, "attention_cap": softmax,
+                 "attention_gate": {"mixer": "attention"}, "qk_lr": {"mixer": "attention", "sam_rho": 0.0},
+                 "optimizer": {"mixer": "attention", "mlp": "gelu", "sam_rho": 0.0}}
+        for name in [name for name, used in on.items() if used]:
+            for field, needed in needs[name].items():
+                if getattr(self, field) != needed:
+                    raise ValueError(f"{name} {getattr(self, name)!r} is not worked out for {field} "
+                                     f"{getattr(self, field)!r}: choose {field} {needed!r}, or leave {name} out")
+        if on["qk_lr"] and self.parametrization == "mup_full":
+            raise ValueError("qk_lr 'other_norm' divides by the norm of W_Q, which is zero at first under mup_full: "
+                             "choose parametrization 'mup_intermediate'")
 
     @property
     def d_head(self) -> int:

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         """
         def matrix(linear: nn.Linear) -> Tensor:
             wrapped = getattr(linear, "parametrizations", None)
-            return read(linear.weight if wrapped is None else [*wrapped.weight.parameters()][-1])
+            return read(linear.weight if wrapped is None else max(wrapped.weight.parameters(), key=Tensor.numel))
 
         found = {"embed": read(self.embed.weight)}
         for name in ("class_token", "positions"):
@@ -106,7 +106,8 @@ class Decoder(nn.Module):
                 if isinstance(sublayer, Attention):
                     found |= {f"block{i}.{part}": rows
                               for part, rows in zip("qkv", matrix(sublayer.qkv).chunk(3), strict=True)}
-                    found[f"block{i}.out"] = matrix(sublayer.out)
+                    found |= {f"block{i}.{part}": matrix(getattr(sublayer, part)) for part in ("gate", "out")
+                              if getattr(sublayer, part) is not None}
                 elif isinstance(sublayer, MLP):
                     found[f"block{i}.mlp_up"] = matrix(sublayer.up)
                     found[f"block{i}.mlp_down"] = matrix(sublayer.down)
@@ -170,12 +171,30 @@ def build(config: RunConfig, vocab_size: int) -> Decoder:
             for block in model.blocks:
                 block.attention.qkv.weight[: config.d_model].zero_()
     if config.reparametrization != "none":
-        wrap = getattr(nn.utils.parametrizations, config.reparametrization)
+        wrap = _sigma_reparam if config.reparametrization == "sigma_reparam" else getattr(
+            nn.utils.parametrizations, config.reparametrization)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds every GPU too
             for module in [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]:
                 wrap(module)
     return model
+
+
+class _Gain(nn.Module):
+    """A trained number times a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.gamma * weight
+
+
+def _sigma_reparam(linear: nn.Linear) -> None:
+    """gamma W / sigma(W), with the largest singular value by a step of power iteration a pass (Zhai et al. 2023)."""
+    nn.utils.parametrizations.spectral_norm(linear)
+    nn.utils.parametrize.register_parametrization(linear, "weight", _Gain())
 
 
 def _initialise_(module: nn.Linear | nn.Embedding, config: RunConfig, generator: torch.Generator) -> None:
@@ -213,7 +232,8 @@ def n_params(config: RunConfig) -> int:
             return config.n_layers * sum(p.numel() for p in Block(config).parameters() if p.ndim > 1)
     edge = config.grid_size + config.spline_order + 1 if config.mlp == "kan" else 1
     d, mlp = config.d_model, 2 * config.mlp_ratio * edge * config.d_model**2
-    return config.n_layers * (4 * d**2 + (config.experts * (mlp + d) if config.mlp == "moe" else mlp))
+    mlp = config.experts * (mlp + d) if config.mlp == "moe" else mlp
+    return config.n_layers * ((4 + config.attention_gate) * d**2 + mlp)
 
 
 def least_memory(config: RunConfig) -> int:
@@ -226,6 +246,8 @@ def least_memory(config: RunConfig) -> int:
     kept = config.n_layers * widths * config.d_model + config.scored_positions * vocab // config.seq_len
     if config.attention == "squared_relu":
         kept += config.n_layers * config.n_heads * config.length
+    if config.attention_cap is not None:
+        kept += 2 * config.n_layers * config.n_heads * config.length
     if config.mlp == "kan":
         kept += config.n_layers * (1 + config.mlp_ratio) * config.d_model * (config.grid_size + config.spline_order)
     sequences = (config.batch_size + config.eval_sequences) * config.row

@@ -1,5 +1,5 @@
-"""AdamW, Lion and LAMB with independent or PyTorch-style weight decay, per-layer learning rates, and the schedule of
-paper P."""
+"""AdamW, Lion, LAMB and Muon with independent or PyTorch-style weight decay, per-layer learning rates, and the schedule
+of paper P."""
 
 import math
 
@@ -30,37 +30,92 @@ def lr_multipliers(model: nn.Module, config: RunConfig) -> dict[str, float]:
     return {name: scaled if name in linear else 1.0 for name, _ in model.named_parameters()}
 
 
-def build(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: RunConfig) -> "torch.optim.Optimizer | Apart":
     """The optimizer of `config` for `model`; `set_lr` moves it along the schedule.
 
-    All three optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
+    All optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
     s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier. Under
     `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda.
     """
-    groups: dict[float, list] = {}
     multipliers = lr_multipliers(model, config)
+    if config.optimizer == "muon" or config.qk_lr != "own":
+        return Apart(model, config, multipliers)
+    groups: dict[float, list] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(multipliers[name], []).append(parameter)
-    settings = []
-    for multiplier, parameters in groups.items():
-        peak = config.lr * multiplier
-        decay = config.weight_decay / (peak if config.decay == "independent" else 1)
-        settings.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
-    betas = dict(betas=(config.beta1, config.beta2))
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    kind, options = torch.optim.AdamW, betas | dict(eps=config.eps, fused=fused)
-    if config.optimizer != "adamw" or config.sam_rho:
-        import pytorch_optimizer  # takes seconds to import
+    settings = [_group(parameters, multiplier, config) for multiplier, parameters in groups.items()]
+    kind, options = _kind(config, next(model.parameters()).device.type)
+    if config.sam_rho:
+        import pytorch_optimizer
 
-        if config.optimizer == "lion":
-            kind, options = pytorch_optimizer.Lion, betas
-        elif config.optimizer == "lamb":
-            # adam_debias: without it steps are divided by 1 - beta1^t after the trust ratio, the first one tenfold too
-            # long
-            kind, options = pytorch_optimizer.Lamb, betas | dict(eps=config.eps, adam_debias=True)
-        if config.sam_rho:
-            return pytorch_optimizer.SAM(settings, kind, rho=config.sam_rho, **options)
+        return pytorch_optimizer.SAM(settings, kind, rho=config.sam_rho, **options)
     return kind(settings, **options)
+
+
+def _group(parameters: list, multiplier: float, config: RunConfig) -> dict:
+    peak = config.lr * multiplier
+    decay = config.weight_decay / (peak if config.decay == "independent" else 1)
+    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
+
+
+def _kind(config: RunConfig, device: str) -> tuple[type, dict]:
+    """The class of the optimizer, of `muon` for what it leaves, and its options."""
+    betas = dict(betas=(config.beta1, config.beta2))
+    if config.optimizer in ("adamw", "muon"):
+        return torch.optim.AdamW, betas | dict(eps=config.eps, fused=device in ("cpu", "cuda", "mps"))
+    import pytorch_optimizer  # takes seconds to import
+
+    if config.optimizer == "lion":
+        return pytorch_optimizer.Lion, betas
+    # adam_debias: without it steps are divided by 1 - beta1^t after the trust ratio, the first one tenfold too long
+    return pytorch_optimizer.Lamb, betas | dict(eps=config.eps, adam_debias=True)
+
+
+class Apart:
+    """Optimizers of a model for which the query, key and value projections, rows of one matrix, are three: Muon makes
+    each orthogonal by itself, and `qk_lr` gives W_Q and W_K learning rates of their own. It has of a torch optimizer
+    what training uses."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, multipliers: dict[str, float]):
+        self._config, self._parameters, self._joint = config, [*model.parameters()], []
+        groups: dict[tuple[bool, float], list] = {}
+        own: list[tuple[bool, dict]] = []
+        for name, parameter in model.named_parameters():
+            hidden = name.startswith("blocks.") and parameter.ndim == 2 and min(parameter.shape) > 1
+            muon, pieces = hidden and config.optimizer == "muon", [parameter]
+            if hidden and ".qkv." in name:
+                pieces = [nn.Parameter(rows) for rows in parameter.detach().chunk(3)]  # views of the same memory
+                self._joint.append((parameter, pieces))
+                if config.qk_lr == "other_norm":
+                    *pair, value = pieces
+                    own += [(muon, _group([piece], multipliers[name], config) | {"other": other, "start": other.norm()})
+                            for piece, other in zip(pair, reversed(pair), strict=True)]
+                    pieces = [value]
+            groups.setdefault((muon, multipliers[name]), []).extend(pieces)
+        settings = own + [(muon, _group(pieces, multiplier, config)) for (muon, multiplier), pieces in groups.items()]
+        others = _kind(config, self._parameters[0].device.type)
+        kinds = {True: (torch.optim.Muon, dict(adjust_lr_fn="match_rms_adamw")), False: others}
+        self._optimizers = [kind([group for muon, group in settings if muon == which], **options)
+                            for which, (kind, options) in kinds.items() if any(muon == which for muon, _ in settings)]
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for whole, pieces in self._joint:
+            for piece, rows in zip(pieces, whole.grad.chunk(3), strict=True):
+                piece.grad = rows
+        scales = [(group, float(group["start"] / group["other"].norm())) for group in self.param_groups
+                  if "other" in group]
+        for group, scale in scales:
+            group["lr"] *= scale
+            if self._config.decay == "independent":
+                group["weight_decay"] = self._config.weight_decay / (group["peak"] * scale)
+        for optimizer in self._optimizers:
+            optimizer.step()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -29,9 +29,10 @@ def watch(model: nn.Module) -> Iterator[Readings]:
     A compiled model runs as it was written meanwhile, as hooks see nothing else. Raises `RuntimeError` at the end where
     there was no pass.
 
-    Per block: `attention_logit_max` (over batch, heads and visible pairs), `attention_entropy` (nats, mean over
-    queries; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over visible pairs),
-    `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`, `output_kurtosis`. Of a mixture of experts also
+    Per block: `attention_logit_max` (over batch, heads and visible pairs, before a soft cap), `attention_entropy`
+    (nats, mean over queries, of the weights after it; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over
+    visible pairs), `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`,
+    `output_kurtosis`. Of a mixture of experts also
     `router_entropy` (nats, mean over tokens, of the softmax over all experts), `expert_load_max`, the largest share of
     an expert of all tokens' choices (1 / experts where even, 1 / top_k where all tokens choose alike), and
     `experts_used`, the share of the experts that any token chose. For the head: `logit_mean` (over tokens and
@@ -49,6 +50,29 @@ def watch(model: nn.Module) -> Iterator[Readings]:
         with _eager(model):
             yield readings
         _require(readings)
+    finally:
+        unhook(hooks)
+
+
+@contextlib.contextmanager
+def watch_heads(model: nn.Module) -> Iterator[Readings]:
+    """Fill the yielded dict with the largest logit of each head over batch and visible pairs, [H], by the name of the
+    attention layer: what QK-clip goes by."""
+    largest: Readings = {}
+
+    def reader(name: str):
+        @torch.no_grad()
+        def hook(core, inputs, output):
+            q, k = (x.detach().float() for x in inputs[:2])
+            with full_precision(q.device.type):
+                z_BxHxTxT = core.logits(q, k)
+            largest[name] = largest_logits(z_BxHxTxT, ~core.visible(z_BxHxTxT))[0].amax((0, 2))
+        return hook
+
+    hooks = [block.attention.core.register_forward_hook(reader(f"blocks.{i}.attention"))
+             for i, block in enumerate(model.blocks)]
+    try:
+        yield largest
     finally:
         unhook(hooks)
 

@@ -97,6 +97,10 @@ def clip(model: nn.Module, maxima: Mapping[str, Tensor], threshold: float) -> di
 def _require_plain(name: str, module: nn.Module, layer: Projections) -> None:
     """Raises `ValueError` where scaling a weight does not scale the logits."""
     require_no_norm(name, module)
+    core = getattr(module, "core", None)
+    if isinstance(core, blocks.AttentionCore) and (core.cap is not None or module.kappa is not None):
+        raise ValueError(f"the logits of {name} are soft-capped or transplanted, so that scaling weights does not "
+                         "scale them: leave QK-clip out")
     if getattr(getattr(module, "config", None), "attn_logit_softcapping", None):
         raise ValueError(f"the logits of {name} are soft-capped, so that scaling weights does not scale them: set "
                          "attn_logit_softcapping=None or leave QK-clip out")

@@ -26,7 +26,8 @@ NUMBERS = {"seed": 0, "lr": 1e-9, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0
            "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
 """In what replicas may differ, with a value that stands for all; also in `z_loss`, where all have one or none has."""
 ALONE = {"optimizer": "adamw", "sam_rho": 0.0, "gradient_penalty": 0.0, "shaping": "none", "spectra_every": 0,
-         "reparametrization": "none", "mixer": "attention", "mlp": "gelu", "sharpness_every": 0, "alarm": "none"}
+         "reparametrization": "none", "mixer": "attention", "mlp": "gelu", "qk_clip": None, "qk_lr": "own",
+         "sharpness_every": 0, "alarm": "none"}
 """A run with another value than these trains by itself."""
 LIMIT = 180.0
 """Seconds a batch of replicas may take, by an estimate: a killed process loses no more than that."""
@@ -208,6 +209,8 @@ def operations(config: RunConfig) -> float:
     times *= 6 if config.gradient_penalty else 1
     times *= 2.3 if config.sam_rho else 1
     times *= 1.7 if config.reparametrization != "none" else 1
+    times *= 1.9 if config.optimizer == "muon" else 1
+    times *= 1.1 if config.qk_clip is not None else 1
     return times * (144 * config.n_layers + 90)
 
 
@@ -370,7 +373,7 @@ class _Core(blocks.AttentionCore):
     """Attention that stays fused over replicas, where vmap would fall back to materialised logits."""
 
     def forward(self, q_BxHxTxE: Tensor, k_BxHxTxE: Tensor, v_BxHxTxE: Tensor) -> Tensor:
-        if self.pointwise:
+        if not self.fused:
             return super().forward(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE)
         return _Fused.apply(q_BxHxTxE, k_BxHxTxE, v_BxHxTxE, self.causal, self.scale)
 

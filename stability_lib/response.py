@@ -23,7 +23,7 @@ class Response:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig):
         self.model, self.optimizer, self.config = model, optimizer, config
-        self.lr_factor, self.clipping = 1.0, False
+        self.lr_factor, self.clipping = 1.0, config.on_alarm != "qk_clip"
         self._acted = False
         self._kept = collections.deque(maxlen=config.roll_back_by + 1)
 

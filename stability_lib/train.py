@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data, koopman, models, moe, optim, probes, response, shaping, signals
+from . import data, koopman, models, moe, optim, probes, projections, response, shaping, signals
 from .config import RunConfig, replace, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -258,7 +258,8 @@ class Single:
     def _losses(self, batch: Tensor, probe: bool = False) -> tuple[Tensor, Tensor, probes.Readings]:
         config = self.config
         kernel = sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
-        with kernel:  # the fused ones cannot be differentiated twice
+        heads = probes.watch_heads(self.model) if self.clips else contextlib.nullcontext()
+        with kernel, heads as self.head_maxima:  # the fused ones cannot be differentiated twice
             loss, objective, readings = losses(self.model, batch, config, config.z_loss, self.device, probe)
         if config.gradient_penalty:
             gradients = torch.autograd.grad(objective, [*self.model.parameters()], create_graph=True)
@@ -286,6 +287,11 @@ class Single:
         """Train on with these of the runs; the others keep the weights they have."""
         self.runs = [self.runs[i] for i in going]
 
+    @property
+    def clips(self) -> bool:
+        """Whether this step is followed by QK-clip."""
+        return self.config.qk_clip is not None and (self.response is None or self.response.clipping)
+
     def lr_factor(self, step: int) -> list[float]:
         """What the peak learning rate is multiplied with at a step."""
         return [optim.schedule(self.config, step) * (self.response.lr_factor if self.response else 1.0)]
@@ -296,6 +302,9 @@ class Single:
             self.response.keep()
         with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:
             self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
+        if self.clips:
+            clipped = projections.clip(self.model, self.head_maxima, self.config.qk_clip)
+            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))))
         if self.kss:
             self.kss.step()
         return _with_axis(moved)

@@ -34,7 +34,8 @@ DEFAULTS = {
     "shaping_beta": 1.0, "shaping_dmd": "pod", "shaping_gradient": "both", "shaping_reduction": "sum",
     "spectra_every": 0, "spectra_kreiss": False, "data_digest": None, "mixer": "attention", "state_size": 16,
     "conv_width": 4, "expansion": 2, "mlp": "gelu", "experts": 8, "top_k": 2, "load_balance": 0.01, "grid_size": 4,
-    "spline_order": 3, "pooling": "mean",
+    "spline_order": 3, "pooling": "mean", "attention_cap": None, "attention_gate": False, "qk_lr": "own",
+    "qk_clip": None,
 }
 """Stored keys leave defaults out, so a changed default would give old results to another computation."""
 
@@ -52,6 +53,7 @@ OTHER = {
     "shaping_gradient": "input", "shaping_reduction": "mean", "spectra_every": 5,
     "spectra_kreiss": True, "mixer": "mamba", "state_size": 8, "conv_width": 2, "expansion": 1, "mlp": "moe",
     "experts": 4, "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2, "pooling": "class_token",
+    "attention_cap": 50.0, "attention_gate": True, "qk_lr": "other_norm", "qk_clip": 100.0,
 }
 
 
@@ -77,7 +79,8 @@ def test_golden_keys(changes, canonical, key):
 
 def test_every_field_enters_the_key():
     assert OTHER.keys() == DEFAULTS.keys() - {"data_digest"}  # of a text of one's own alone, see the next test
-    keys = {run_key(RunConfig(**{name: value})) for name, value in OTHER.items()}
+    base = {"qk_norm": "none"}
+    keys = {run_key(RunConfig(**(base if name == "qk_clip" else {}) | {name: value})) for name, value in OTHER.items()}
     assert len(keys | {run_key(RunConfig())}) == len(OTHER) + 1
 
 
@@ -108,7 +111,8 @@ def test_a_field_added_later_with_a_default_keeps_old_keys():
 
 
 def test_the_key_does_not_depend_on_the_order_of_fields():
-    names = [name for name in OTHER if name not in ("mixer", "mlp")]  # they exclude others
+    excluding = ("mixer", "mlp", "attention_cap", "qk_lr", "qk_clip")
+    names = [name for name in OTHER if name not in excluding]
     keys = set()
     for seed in range(5):
         random.Random(seed).shuffle(names)
@@ -140,7 +144,7 @@ def test_equal_values_of_other_types_have_the_same_key(plain, same):
 @given(st.fixed_dictionaries({}, optional={
     "seed": st.integers(0, 2**31), "lr": st.floats(1e-8, 1e3), "weight_decay": st.floats(0, 1),
     "clip_norm": st.none() | st.floats(1e-3, 1e3), "z_loss": st.floats(0, 1),
-    **{name: st.sampled_from(values) for name, values in CHOICES.items() if name not in ("mixer", "mlp")}}))
+    **{name: st.sampled_from(values) for name, values in CHOICES.items() if name not in ("mixer", "mlp", "qk_lr")}}))
 def test_the_fields_that_differ_from_the_default_give_the_config_back(changes):
     config = RunConfig(**changes)
     assert from_dict(non_default(config)) == config
@@ -247,6 +251,20 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_type(changes, remedy)
     ({"n_layers": 0, "shaping": "kss"}, "shaping 'kss' needs blocks: choose 'none', or n_layers 1 or more"),
     ({"n_layers": 0, "reparametrization": "weight_norm"}, "reparametrization 'weight_norm' needs blocks"),
     ({"n_layers": 0, "spectra_every": 5}, "spectra_every 5 needs blocks: choose 0, or n_layers 1 or more"),
+    ({"qk_clip": 0.0}, "qk_clip must be positive"), ({"attention_cap": 0.0}, "attention_cap must be positive"),
+    ({"qk_clip": 100.0}, "qk_clip 100.0 is not worked out for qk_norm 'head': choose qk_norm 'none', or leave"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "attention": "squared_relu"}, "qk_clip 9.0 .* choose attention 'softmax'"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "attention_cap": 50.0}, "qk_clip 9.0 .* choose attention_cap None"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "reparametrization": "sigma_reparam"}, "choose reparametrization 'none'"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "logit_transplant": 3.0}, "choose logit_transplant None"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "sam_rho": 0.1}, "choose sam_rho 0.0"),
+    ({"qk_clip": 9.0, "qk_norm": "none", "mixer": "mamba"}, "choose mixer 'attention'"),
+    ({"attention_cap": 50.0, "attention": "squared_relu"}, "attention_cap 50.0 .* choose attention 'softmax'"),
+    ({"attention_gate": True, "mixer": "mamba"}, "attention_gate True .* choose mixer 'attention'"),
+    ({"optimizer": "muon", "mlp": "moe"}, "optimizer 'muon' is not worked out for mlp 'moe'"),
+    ({"optimizer": "muon", "sam_rho": 0.1}, "optimizer 'muon' is not worked out for sam_rho 0.1: choose sam_rho 0.0"),
+    ({"qk_lr": "other_norm", "mixer": "mamba"}, "qk_lr 'other_norm' .* choose mixer 'attention'"),
+    ({"qk_lr": "other_norm", "parametrization": "mup_full"}, "norm of W_Q, which is zero at first under mup_full"),
     ({"data": "digits", "vocab_size": 10}, "vocab_size 10 is for text and made-up .* 10 classes: choose None"),
     ({"d_model": 10**9, "n_heads": 3}, "d_model must be at most 1048576, got 1000000000"),
     ({"steps": 10**10}, "steps must be at most 100000000, got 10000000000"),

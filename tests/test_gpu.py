@@ -42,6 +42,7 @@ SMALL = RunConfig(d_model=32, n_layers=2, n_heads=2, seq_len=32, batch_size=8, e
                   warmup_steps=5, probe_every=19)
 SHAPES = {"plain": {}, "bare": {"qk_norm": "none", "z_loss": 0.0, "clip_norm": None},
           "squared ReLU": {"attention": "squared_relu", "attention_maps": 2},
+          "cap, gate": {"attention_cap": 5.0, "attention_gate": True, "attention_maps": 1},
           "rmsnorm, biases": {"norm": "rmsnorm", "biases": True},
           "post-LN, learned": {"norm": "post_ln", "positions": "learned", "residual": "scaled"},
           "muParam": {"parametrization": "mup_full", "base_width": 16, "n_heads": 4},
@@ -52,6 +53,8 @@ ALONE = {"gradient penalty": {"gradient_penalty": 0.01},
          "Jacobian": {"shaping": "jacobian", "shaping_every": 5},
          "Lion": {"optimizer": "lion", "lr": 1e-3}, "LAMB, SAM": {"optimizer": "lamb", "sam_rho": 0.05},
          "spectral norm": {"reparametrization": "spectral_norm"},
+         "sigma reparam": {"reparametrization": "sigma_reparam"}, "Muon": {"optimizer": "muon"},
+         "QK-clip": {"qk_clip": 3.0, "qk_norm": "none"}, "norms of each other": {"qk_lr": "other_norm"},
          "weight norm": {"reparametrization": "weight_norm", "init": "pytorch"}}
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import digest, step_flops
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from stability_lib import blocks, data, models, probes
 from stability_lib.config import CHOICES, IMAGES, RunConfig, replace
@@ -90,9 +91,10 @@ def test_named_weights_are_all_matrices_once_with_query_key_value_apart(tiny):
         torch.testing.assert_close(x @ named[f"block1.{part}"].T, expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sam_rho": 0.1}, {"gradient_penalty": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sam_rho": 0.1}, {"gradient_penalty": 0.1}, {"attention_gate": True},
+                                     {"attention": "softmax", "attention_cap": 50.0}], ids=str)
 def test_training_flops_are_those_of_the_matrix_products(tiny, changes):
-    config = replace(tiny, attention="squared_relu", **changes)  # its products are not hidden in a fused kernel
+    config = replace(tiny, **{"attention": "squared_relu"} | changes)  # its products are not hidden in a fused kernel
     one_step = replace(config, steps=1, warmup_steps=0)
     assert step_flops(config) == models.training_flops(one_step, data.vocab_size(config))
 
@@ -346,6 +348,44 @@ def test_muparam_full_differs_from_intermediate_by_zero_queries_and_the_scale_by
     torch.testing.assert_close(core.logits(q, k), q @ k.mT / full.d_head)
 
 
+@pytest.mark.parametrize("cap", [1.0, 50.0])
+def test_capped_attention_is_that_of_gemma2(tiny, cap):
+    config = replace(tiny, qk_norm="none", attention_cap=cap)
+    core, (q, k, v) = blocks.AttentionCore(config), 9 * torch.randn(3, 2, config.n_heads, config.seq_len, config.d_head)
+    mask = torch.full((config.seq_len, config.seq_len), -math.inf).triu(1)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 1
+    expected, _ = eager_attention_forward(layer, q, k, v, mask, scaling=config.scale, softcap=cap)
+    torch.testing.assert_close(core(q, k, v), expected.transpose(1, 2))
+
+
+def test_a_cap_far_above_the_logits_changes_nothing_and_a_low_one_bounds_their_spread(tiny):
+    x = tokens(tiny)
+    plain, capped = (models.build(replace(tiny, attention_cap=cap), V) for cap in (None, 1e4))
+    torch.testing.assert_close(capped(x), plain(x), rtol=1e-4, atol=1e-4)
+    core = blocks.AttentionCore(replace(tiny, attention_cap=0.1))
+    weights = core.weights(1e6 * torch.randn(1, 1, 5, 5))
+    assert float((weights[0, 0, 4].max() / weights[0, 0, 4].min()).log()) <= 0.2 + 1e-5
+
+
+def test_a_gate_multiplies_what_each_head_gives_by_a_sigmoid_of_the_layers_input(tiny):
+    gated = models.build(replace(tiny, attention_gate=True, qk_norm="none"), V).blocks[0].attention
+    x, seen = torch.randn(2, tiny.seq_len, tiny.d_model), []
+    gated.core.register_forward_hook(lambda core, inputs, mixed: seen.append(mixed))
+    found = gated(x)
+    mixed = torch.cat([seen[0][:, head] for head in range(tiny.n_heads)], dim=-1)
+    gate = 1 / (1 + torch.exp(-x @ gated.gate.weight.T))
+    torch.testing.assert_close(found, (mixed * gate) @ gated.out.weight.T)
+
+
+def test_a_gate_is_a_weight_matrix_that_counts(tiny):
+    config = replace(tiny, attention_gate=True)
+    model = models.build(config, V)
+    assert models.n_params(config) - models.n_params(tiny) == tiny.n_layers * tiny.d_model**2
+    assert models.n_params(config) == sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert {"block0.gate", "block1.gate"} == model.named_weights().keys() - models.build(tiny, V).named_weights().keys()
+
+
 # reparametrizations
 
 REPARAMETRIZED = [choice for choice in CHOICES["reparametrization"] if choice != "none"]
@@ -384,6 +424,21 @@ def test_weight_norm_refuses_weights_without_a_direction(tiny):
         models.build(replace(tiny, reparametrization="weight_norm", parametrization="mup_full"), V)
 
 
+def test_sigma_reparam_makes_the_largest_singular_value_a_trained_number_that_starts_at_one(tiny):
+    """Zhai et al. 2023: gamma W / sigma(W), of every linear layer of the blocks."""
+    model = models.build(replace(tiny, reparametrization="sigma_reparam", d_model=32), V)
+    gains = [linear.parametrizations.weight[1].gamma for linear in linears(model.blocks)]
+    assert {gamma.item() for gamma in gains} == {1.0}
+    assert {id(gamma) for gamma in gains} <= {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        for i, gamma in enumerate(gains):
+            gamma.fill_(0.5 + i)
+    for _ in range(50):
+        model(tokens(tiny))
+    largest = [torch.linalg.matrix_norm(linear.eval().weight, 2).item() for linear in linears(model.blocks)]
+    assert largest == pytest.approx([gamma.item() for gamma in gains], rel=5e-3)
+
+
 @pytest.mark.parametrize("kind", REPARAMETRIZED)
 def test_a_reparametrized_model_is_the_same_for_the_same_seed(tiny, kind):
     config, before = replace(tiny, reparametrization=kind), torch.get_rng_state()
@@ -406,7 +461,7 @@ def test_the_weights_of_a_reparametrized_model_are_named_as_they_are_trained(tin
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())  # looking moves nothing
     trained = {id(p) for p in model.parameters()}
     for linear in linears(model.blocks):
-        assert id([*linear.parametrizations.weight.parameters()][-1]) in trained
+        assert {id(weight) for weight in linear.parametrizations.weight.parameters()} <= trained
     for name, weight in plain.items():
         expected = float(weight.square().mean().sqrt())
         assert float(readings[f"parameter_rms/{name}"]) == pytest.approx(expected, rel=1e-5)

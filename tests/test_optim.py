@@ -142,7 +142,7 @@ def test_independent_decay_shrinks_weights_by_the_schedule_alone_whatever_the_lr
         torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize("optimizer", [name for name in CHOICES["optimizer"] if name != "muon"])
 def test_sam_steps_by_the_gradient_at_rho_along_the_normalised_gradient(tiny, optimizer):
     """Foret et al., eq. 2 and 3: w <- w - lr step(grad L(w + rho g / |g|)), over all weights at once."""
     config = replace(tiny, optimizer=optimizer, parametrization="mup_simple", base_width=32, weight_decay=0.01)
@@ -244,3 +244,68 @@ def test_pytorch_decay_shrinks_weights_by_the_lr_as_well(tiny, lr, parametrizati
         rate = lr * multipliers[name] * 0.1
         shrunk = math.prod(1 - optim.schedule(config, step) * rate for step in range(config.steps))
         torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("qk_lr", CHOICES["qk_lr"])
+@pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
+def test_muon_is_torchs_on_each_hidden_matrix_with_queries_keys_and_values_apart(tiny, parametrization, qk_lr):
+    """The others, and what is not a matrix of a block, move as under AdamW; norms do not, at first, change an LR."""
+    config = replace(tiny, optimizer="muon", parametrization=parametrization, base_width=64, weight_decay=0.02, lr=0.01,
+                     qk_lr=qk_lr, steps=1, warmup_steps=0)
+    model, (before, after) = models.build(config, V), run(config, gradient_scale=1e-3)
+    multipliers, gradients = optim.lr_multipliers(model, config), random_gradients(model, 1, 1e-3)[0]
+    _, adamw = run(replace(config, optimizer="adamw", qk_lr="own"), gradient_scale=1e-3)
+    assert sum(name.startswith("blocks.") for name in multipliers) > 8
+    for (name, multiplier), start, got, gradient, other in zip(multipliers.items(), before, after, gradients, adamw,
+                                                               strict=True):
+        if not name.startswith("blocks.") or got.ndim < 2:
+            torch.testing.assert_close(got, other, rtol=1e-5, atol=1e-7)
+            continue
+        parts = (tensor.detach().chunk(3 if ".qkv." in name else 1) for tensor in (start, got, gradient))
+        for rows, moved, slope in zip(*parts, strict=True):
+            alone = nn.Parameter(rows.clone())
+            alone.grad = slope
+            peak = 0.01 * multiplier
+            torch.optim.Muon([alone], peak, 0.02 / peak, adjust_lr_fn="match_rms_adamw").step()
+            torch.testing.assert_close(moved, alone.detach(), rtol=1e-5, atol=1e-6)
+            step = (moved - rows * (1 - 0.02)) / peak
+            assert 0.12 < float(step.square().mean().sqrt()) < 0.28  # AdamW's is about 0.2 (Moonlight, Sec. 2.2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("decay", CHOICES["decay"])
+def test_the_learning_rates_of_queries_and_keys_fall_as_the_other_ones_norm_grows(tiny, optimizer, decay):
+    """W_K three times as large makes W_Q's step a third; independent decay does not change."""
+    config = replace(tiny, qk_lr="other_norm", optimizer=optimizer, decay=decay, weight_decay=0.02, warmup_steps=0)
+    d, moved = config.d_model, {}
+    for qk_lr, factor in (("own", 3.0), ("other_norm", 3.0), ("other_norm", 1.0)):
+        model = models.build(config, V)
+        optimizer = optim.build(model, replace(config, qk_lr=qk_lr))
+        gradients = random_gradients(model, 1, 1e-3)[0]
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        weight = model.blocks[1].attention.qkv.weight
+        with torch.no_grad():
+            weight[d:2 * d] *= factor
+        before = weight.detach().clone()
+        optimizer.step()
+        kept = 1 - 0.02 if decay == "independent" else 1
+        moved[qk_lr, factor] = [(after - kept * start).detach() for start, after in zip(
+            before.chunk(3), weight.chunk(3), strict=True)]
+    for part, scale in enumerate((3, 1, 1)):  # the norms of W_Q and W_V have not changed
+        plain, scaled = moved["own", 3.0][part], moved["other_norm", 3.0][part]
+        torch.testing.assert_close(scaled, plain / scale, rtol=1e-3, atol=1e-6)
+    if optimizer != "muon":
+        torch.testing.assert_close(moved["own", 3.0][0], moved["other_norm", 1.0][0], rtol=1e-3, atol=1e-6)
+
+
+def test_what_trains_apart_is_moved_along_the_schedule_and_forgets_its_gradients(tiny):
+    config = replace(tiny, optimizer="muon", qk_lr="other_norm", lr=0.1)
+    model = models.build(config, V)
+    optimizer = optim.build(model, config)
+    optim.set_lr(optimizer, 0.5)
+    assert len(optimizer.param_groups) == 2 * tiny.n_layers + 2
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+    model(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    optimizer.zero_grad()
+    assert {parameter.grad for parameter in model.parameters()} == {None}

@@ -16,6 +16,7 @@ V = 40
 VARIANTS = [
     {"qk_norm": "head"}, {"qk_norm": "none"}, {"qk_norm": "model"}, {"qk_norm": "none", "logit_transplant": 10.0},
     {"qk_norm": "head", "attention": "squared_relu"}, {"qk_norm": "none", "attention_scale": "1/d_h"},
+    {"qk_norm": "none", "attention_cap": 0.5},
 ]
 
 
@@ -75,6 +76,7 @@ def brute_force(q: np.ndarray, k: np.ndarray, config: RunConfig) -> dict[str, fl
             row.append(product / (config.d_head if config.attention_scale == "1/d_h" else math.sqrt(config.d_head)))
             cosines.append(product / np.linalg.norm(q[b, i, h]) / np.linalg.norm(k[b, j, h]))
         logits += row
+        row = [config.attention_cap * math.tanh(z / config.attention_cap) for z in row] if config.attention_cap else row
         total = sum(math.exp(z - max(row)) for z in row)
         p = [math.exp(z - max(row)) / total for z in row]
         entropies.append(-sum(x * math.log(x) for x in p if x > 0))
@@ -198,6 +200,8 @@ def test_a_pattern_is_the_causal_attention_of_the_block_and_head_asked_for(tiny,
     q, k = (y[0, :, 1] for y in queries_and_keys(model.blocks[1], block_values(model, x)[1], config))
     for i, j in itertools.product(range(config.seq_len), repeat=2):
         z = [float(q[i] @ k[m]) * config.scale for m in range(i + 1)]
+        if config.attention_cap:
+            z = [config.attention_cap * math.tanh(logit / config.attention_cap) for logit in z]
         if config.attention == "squared_relu":
             expected = max(z[j], 0) ** 2 / math.sqrt(config.seq_len) if j <= i else 0
         else:

@@ -43,6 +43,7 @@ def assert_same(found: train.RunResult, single: train.RunResult, rel: float = 1e
     {"norm": "deepnorm_pre", "init": "xavier", "biases": True, "n_layers": 1}, {"norm": "subln", "init": "gpt2"},
     {"norm": "no_norm", "residual": "rezero", "init": "pytorch", "biases": True},
     {"attention": "squared_relu", "parametrization": "mup_simple", "base_width": 8, "attention_maps": 2},
+    {"attention_cap": 2.0, "qk_norm": "none", "attention_maps": 2}, {"attention_gate": True, "attention_cap": 50.0},
     {"parametrization": "mup_intermediate", "base_width": 8, "z_loss": 0.0, "clip_norm": None},
     {"parametrization": "mup_full", "base_width": 8, "decay": "pytorch", "weight_decay": 0.1},
     {"data": "recall", "logit_transplant": 1.0}, {"data": "synthetic_lm", "vocab_size": 64},
@@ -183,7 +184,9 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
 
 @pytest.mark.parametrize("changes", [
     {"optimizer": "lion"}, {"optimizer": "lamb"}, {"sam_rho": 0.1}, {"gradient_penalty": 0.1}, {"shaping": "kss"},
-    {"spectra_every": 2}, {"reparametrization": "spectral_norm"}, {"reparametrization": "weight_norm"}], ids=str)
+    {"spectra_every": 2}, {"reparametrization": "spectral_norm"}, {"reparametrization": "weight_norm"},
+    {"reparametrization": "sigma_reparam"}, {"optimizer": "muon"}, {"qk_lr": "other_norm"},
+    {"qk_clip": 2.0, "qk_norm": "none"}], ids=str)
 def test_what_cannot_be_a_replica_trains_alone_as_ever(tiny, changes):
     configs = [replace(tiny, seed=seed, **changes) for seed in range(2)]
     assert batches(configs) == [[config] for config in configs]
@@ -251,7 +254,9 @@ def test_eight_replicas_that_hardly_take_longer_than_two_say_nothing_of_the_rate
 @pytest.mark.parametrize("changes, alone", [
     ({}, False), ({"precision": "bf16", "n_layers": 3}, False), ({"optimizer": "lion"}, True),
     ({"shaping": "kss", "shaping_every": 1}, True), ({"gradient_penalty": 0.1}, True), ({"sam_rho": 0.1}, True),
-    ({"reparametrization": "spectral_norm"}, True)])
+    ({"reparametrization": "spectral_norm"}, True), ({"reparametrization": "sigma_reparam"}, True),
+    ({"optimizer": "muon"}, True), ({"qk_lr": "other_norm"}, True), ({"qk_clip": 100.0, "qk_norm": "none"}, True),
+    ({"optimizer": "muon", "qk_clip": 1.0, "qk_norm": "none"}, True)])
 def test_the_operations_of_a_step_are_about_as_many_as_are_dispatched(tiny, changes, alone):
     class Counted(TorchDispatchMode):
         n = 0

@@ -182,13 +182,23 @@ def test_rolling_back_restores_weights_and_moments():
     assert again["parameter_rms/head"][13] == plain["parameter_rms/head"][11]
 
 
+def test_qk_clip_begins_at_the_alarm():
+    blind = replace(TINY, signals_every=1, alarm="step", alarm_above=11, on_alarm="qk_clip", qk_clip=3.0, probe_every=1)
+    clipped, plain = train_run(blind).curves, train_run(replace(blind, alarm_above=99)).curves
+    assert clipped["loss"][:14] == plain["loss"][:14]  # read at step 13, acted on after it
+    read = "signal/attention_logit_max"
+    assert min(plain[read][14:]) > 3 and clipped[read][13] == plain[read][13] and clipped[read][14] < plain[read][14]
+
+
 @pytest.mark.parametrize(("fields", "words"), [
     (dict(alarm="kurtosis"), "alarm 'kurtosis' is unknown"),
     (dict(alarm="output_kurtosis"), "choose signals_every 1 or more"),
     (dict(alarm="logit_growth", signals_every=1, mixer="mamba"), "needs softmax attention"),
     (dict(alarm="attention_collapse", signals_every=1, attention="squared_relu"), "needs softmax attention"),
     (dict(alarm="kurtosis_jump", signals_every=1, n_layers=0), "needs blocks"),
-    (dict(alarm="step", signals_every=1, on_alarm="roll_back", shaping="kss"), "roll_back"),
+    (dict(alarm="step", signals_every=1, on_alarm="roll_back", shaping="kss"), "choose shaping 'none'"),
+    (dict(alarm="step", signals_every=1, on_alarm="roll_back", optimizer="muon"), "choose optimizer 'adamw'"),
+    (dict(alarm="step", signals_every=1, on_alarm="qk_clip", qk_norm="none"), "choose qk_clip 100"),
     (dict(sharpness_every=5, optimizer="lion"), "choose optimizer 'adamw'"),
     (dict(sharpness_every=5, parametrization="mup_simple"), "choose parametrization 'standard'"),
 ])

@@ -37,6 +37,8 @@ def batches(monkeypatch) -> list[torch.Tensor]:
 @pytest.mark.parametrize("changes", [
     {"probe_every": 2, "attention_maps": 2}, {"precision": "bf16"}, {"qk_norm": "none", "lr": 1.0},
     {"attention": "squared_relu", "parametrization": "mup_full"},
+    {"optimizer": "muon", "qk_clip": 1.0, "qk_norm": "none", "probe_every": 2}, {"qk_lr": "other_norm"},
+    {"reparametrization": "sigma_reparam", "attention_cap": 50.0, "attention_gate": True},
     {"residual": "rezero", "spectra_every": 2}, {"reparametrization": "spectral_norm"},
     {"reparametrization": "weight_norm", "residual": "scaled"}, {"gradient_penalty": 0.1}, {"sam_rho": 0.1},
     *({"shaping": kind, "shaping_every": 2, "shaping_dmd": "random"} for kind in CHOICES["shaping"][1:]),
@@ -279,6 +281,8 @@ def test_the_loss_at_initialisation_is_near_log_vocabulary_plus_a_half(tiny, cha
     {"parametrization": "mup_full"}, {"decay": "pytorch", "weight_decay": 0.1}, {"n_layers": 0},
     {"logit_transplant": 1.0}, {"residual": "scaled"}, {"residual": "rezero"}, {"reparametrization": "spectral_norm"},
     {"reparametrization": "weight_norm"}, {"gradient_penalty": 1e-3}, {"sam_rho": 0.01},
+    {"reparametrization": "sigma_reparam"}, {"attention_cap": 50.0}, {"attention_gate": True}, {"optimizer": "muon"},
+    {"qk_lr": "other_norm"}, {"qk_norm": "none", "qk_clip": 3.0, "optimizer": "muon"},
     {"sam_rho": 0.01, "optimizer": "lion", "lr": 3e-3}, {"shaping": "kss"}], ids=str)
 def test_the_loss_falls_within_thirty_steps(tiny, changes):
     result = train_run(replace(tiny, **{"steps": 30, "lr": 0.03} | changes))
@@ -294,6 +298,39 @@ def test_the_gradient_norm_is_recorded_before_clipping(tiny):
     sizes = {name: w.numel() for name, w in models.build(tiny, 84).named_weights().items()}
     from_probes = math.sqrt(sum(n * clipped[f"gradient_rms/{name}"][0] ** 2 for name, n in sizes.items()))
     assert 0.9 * free[0] < from_probes <= free[0] * (1 + 1e-5)  # the probes leave out the norms' gains
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_qk_clip_acts_after_every_step_on_the_heads_of_its_batch_that_passed(tiny, monkeypatch, precision):
+    """With a step of nothing, the batch gives the threshold where it gave more, in the first layer, whose inputs stay,
+    and what it gave elsewhere."""
+    config = replace(tiny, qk_norm="none", weight_decay=0.0, lr=1e-30, precision=precision, probe_every=2)
+    seen, read = [], lambda learner: [*learner.head_maxima["blocks.0.attention"].tolist()]
+    before = train.Single(replace(config, qk_clip=1e9), 84, "cpu")
+    batch = before.draw()
+    before.losses(0, batch, False)
+    largest = read(before)
+    threshold = sum(largest) / 2
+    learner = train.Single(replace(config, qk_clip=threshold), 84, "cpu")
+    for _ in range(2):
+        learner.backward(learner.losses(0, batch, False)[1])
+        moved = learner.update(0, batch, True)
+        seen.append(float(moved["clipped_heads"]))
+    expected = [min(value, threshold) for value in largest]
+    assert read(learner) == pytest.approx(expected, rel=1e-2 if precision == "bf16" else 1e-4)
+    assert seen[0] >= 1
+    calls, clip = [], train.projections.clip
+    monkeypatch.setattr(train.projections, "clip", lambda *given: calls.append(given[2]) or clip(*given))
+    result = train_run(replace(config, qk_clip=threshold))
+    assert calls == [threshold] * config.steps
+    assert len(result.curves["clipped_heads"]) == len(result.curves["probe_step"])
+
+
+def test_a_threshold_that_no_logit_passes_changes_no_bit(tiny):
+    plain = replace(tiny, qk_norm="none", probe_every=2)
+    found, expected = (train_run(config) for config in (replace(plain, qk_clip=1e9), plain))
+    assert {**found.curves, "clipped_heads": 0} == {**expected.curves, "clipped_heads": 0}
+    assert found.curves["clipped_heads"] == [0.0] * 4 and found.loss_final == expected.loss_final
 
 
 def test_clipping_limits_what_reaches_the_optimizer(tiny):
