@@ -329,11 +329,12 @@ class RunConfig:
         plain = dict(sam_rho=0.0, qk_lr="own")
         for what, needs in (("sharpness_every", plain | dict(optimizer="adamw", parametrization="standard")),
                             ("on_alarm", plain | dict(optimizer="adamw", shaping="none"))):
-            used = self.sharpness_every if what == "sharpness_every" else self.on_alarm == "roll_back"
+            used = {"sharpness_every": self.sharpness_every > 0,
+                    "on_alarm": self.alarm != "none" and self.on_alarm == "roll_back"}[what]
             for name, value in needs.items() if used else ():
                 if getattr(self, name) != value:
-                    raise ValueError(f"{what} {getattr(self, what)!r} is worked out for AdamW's own state alone: choose "
-                                     f"{name} {value!r}, or leave {what} out")
+                    raise ValueError(f"{what} {getattr(self, what)!r} is worked out for AdamW's own state alone: "
+                                     f"choose {name} {value!r}, or leave {what} out")
         if self.alarm == "none":
             return
         if not self.signals_every:

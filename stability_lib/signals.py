@@ -173,7 +173,7 @@ def judge(series: pd.DataFrame, runs: pd.DataFrame, threshold: float) -> pd.Data
 
 
 OTHERS = {"sharpness": "sharpness_step", "near_unit_mass": "spectra_step", "spectral_radius": "spectra_step"}
-"""Readings at steps of their own that are judged beside `SIGNALS`: AdamW's sharpness, and M1 and rho, means over layers."""
+"""Readings at steps of their own that are judged beside `SIGNALS`: AdamW's sharpness, M1 and rho (means over layers)."""
 
 
 def series(runs: pd.DataFrame) -> pd.DataFrame:

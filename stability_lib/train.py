@@ -374,7 +374,8 @@ def _result(run: Run, at_start: tuple, at_end: tuple, seconds: float, replicas: 
 
 def take_step(learner, step: int, batch: Tensor) -> None:
     """One step of training with all that is recorded of it. Runs that blow up end here, before an update."""
-    probe, signal = (due(learner.config, step, getattr(learner.config, every)) for every in ("probe_every", "signals_every"))
+    config = learner.config
+    probe, signal = due(config, step, config.probe_every), due(config, step, config.signals_every)
     loss_R, objective_R, readings = learner.losses(step, batch, probe or signal)
     learner.backward(objective_R)
     if probe:
