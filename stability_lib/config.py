@@ -247,8 +247,8 @@ class RunConfig:
 
     # an alarm in training, see `train.Single.watch`
     alarm: str = "none"
-    """What is held against `alarm_above` whenever the signals are read, once the warm-up is over: one of `SIGNALS`; or
-    the `step` itself, a blind action at a fixed time."""
+    """What is held against `alarm_above` whenever the signals are read: one of `SIGNALS`, after its first few readings;
+    or the `step` itself, a blind action at a fixed time."""
     alarm_above: float = 0.0
     on_alarm: str = "halve_lr"
     """What is done, once, after the step in which the reading first passed. `halve_lr`: half the LR from then on.
@@ -337,7 +337,7 @@ class RunConfig:
                                      f"choose {name} {value!r}, or leave {what} out")
         if self.alarm == "none":
             return
-        if not self.signals_every:
+        if not self.signals_every and self.alarm != "step":
             raise ValueError(f"alarm {self.alarm!r} is held against readings: choose signals_every 1 or more")
         if self.alarm in attention and (self.mixer != "attention" or not self.n_layers
                                         or (self.alarm == "attention_collapse" and self.attention != "softmax")):

@@ -211,6 +211,7 @@ def operations(config: RunConfig) -> float:
     times *= 1.7 if config.reparametrization != "none" else 1
     times *= 1.9 if config.optimizer == "muon" else 1
     times *= 1.1 if config.qk_clip is not None else 1
+    times += 12 / config.sharpness_every if config.sharpness_every else 0
     return times * (144 * config.n_layers + 90)
 
 

@@ -34,9 +34,8 @@ class Response:
 
     def judge(self, step: int, curves: dict[str, list]) -> None:
         """Act, and note `alarm_step`, where the alarm's reading of this step is above the threshold. A signal is armed
-        when the warm-up is over: before, some of them are large in every run."""
-        early = self.config.alarm != "step" and step < self.config.warmup_steps
-        if self._acted or early or self._reading(step, curves) <= self.config.alarm_above:
+        after `signals.LEAST` readings: the first are large in every run."""
+        if self._acted or self._reading(step, curves) <= self.config.alarm_above:
             return
         self._acted = True
         curves["alarm_step"].append(step)
@@ -53,6 +52,8 @@ class Response:
     def _reading(self, step: int, curves: dict[str, list]) -> float:
         if self.config.alarm == "step":
             return step
+        if len(curves["signal_step"]) <= signals.LEAST:
+            return -torch.inf
         read = {name.removeprefix("signal/"): values for name, values in curves.items() if name.startswith("signal/")}
         latest = float(signals.derive(read)[self.config.alarm].iloc[-1])
         return latest if latest == latest else -torch.inf  # too early to tell

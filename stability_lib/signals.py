@@ -15,7 +15,7 @@ from .config import SIGNALS
 from .evaluate import FAILS_BY
 
 WINDOW, LEAST = 20, 5
-"""Earlier readings that a z-score looks back on, and the fewest that it is made from."""
+"""Earlier readings that a z-score looks back on, and the fewest: before them no alarm is armed."""
 SPAN = 8
 """Readings back to which growth is counted."""
 SLACK = 0.5
@@ -173,11 +173,11 @@ def judge(series: pd.DataFrame, runs: pd.DataFrame, threshold: float) -> pd.Data
 
 
 OTHERS = {"sharpness": "sharpness_step", "near_unit_mass": "spectra_step", "spectral_radius": "spectra_step"}
-"""Readings at steps of their own that are judged beside `SIGNALS`: AdamW's sharpness, M1 and rho (means over layers)."""
+"""Readings at steps of their own, judged beside `SIGNALS`: AdamW's sharpness, M1 and rho (means over layers)."""
 
 
 def series(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of rows of `runs.ensure`, every signal that was read once the warm-up was over: `key`, `signal`, `step`, `value`.
+    """Of rows of `runs.ensure`, every signal from when alarms are armed: `key`, `signal`, `step`, `value`.
 
     What was not finite is infinite, of a spectral profile that could not be made NaN.
     """
@@ -186,10 +186,11 @@ def series(runs: pd.DataFrame) -> pd.DataFrame:
         curves = {name: [math.inf if value is None else value for value in values]
                   for name, values in run.curves.items() if name.startswith("signal/")}
         table = derive({name.removeprefix("signal/"): values for name, values in curves.items()})
+        armed = run.curves["signal_step"][LEAST:][:1] or [math.inf]
         parts = [(name, run.curves["signal_step"], table[name]) for name in table]
         parts += [(name, run.curves[steps], pd.Series(run.curves[name], dtype=float))
                   for name, steps in OTHERS.items() if name in run.curves]
-        found += [pd.DataFrame({"key": run.key, "signal": name, "step": steps, "value": values.to_numpy()})
+        tables = [pd.DataFrame({"key": run.key, "signal": name, "step": steps, "value": values.to_numpy()})
                   for name, steps, values in parts]
-    every = pd.concat(found, ignore_index=True)
-    return every[every["step"] >= every["key"].map(runs.set_index("key")["warmup_steps"])].reset_index(drop=True)
+        found += [table[table["step"] >= armed[0]] for table in tables]
+    return pd.concat(found, ignore_index=True)

@@ -315,7 +315,7 @@ class Single:
         if due(config, step, config.sharpness_every):
             edge = (1 - config.beta1) / (2 + 2 * config.beta1) * config.lr * self.lr_factor(step)[0]
             self.runs[0].record(sharpness_step=step, sharpness=edge * self._sharpness(batch[0]))
-        if self.response and due(config, step, config.signals_every):
+        if self.response and (config.alarm == "step" or due(config, step, config.signals_every)):
             self.response.judge(step, curves)
 
     def _sharpness(self, batch: Tensor) -> float:

@@ -82,7 +82,7 @@ def test_golden_keys(changes, canonical, key):
 
 def test_every_field_enters_the_key():
     assert OTHER.keys() == DEFAULTS.keys() - {"data_digest"}  # of a text of one's own alone, see the next test
-    needs = {"qk_clip": {"qk_norm": "none"}, "alarm": {"signals_every": 1}}
+    needs = {"qk_clip": {"qk_norm": "none"}}
     keys = {run_key(RunConfig(**needs.get(name, {}) | {name: value})) for name, value in OTHER.items()}
     assert len(keys | {run_key(RunConfig())}) == len(OTHER) + 1
 

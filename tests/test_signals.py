@@ -147,7 +147,7 @@ def test_an_alarm_acts_once_after_the_step_that_set_it_off():
     plain = train_run(replace(TINY, signals_every=1))
     read = plain.curves["signal/attention_logit_max"]
     threshold = max(read[:10]) * 0.999
-    step = next(i for i in range(TINY.warmup_steps, 24) if read[i] > threshold)
+    step = next(i for i in range(signals.LEAST, 24) if read[i] > threshold)
     acted = train_run(replace(TINY, signals_every=1, alarm="attention_logit_max", alarm_above=threshold))
     assert acted.curves["alarm_step"] == [step]
     assert acted.curves["loss"][:step + 2] == plain.curves["loss"][:step + 2]
