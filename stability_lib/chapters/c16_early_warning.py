@@ -9,9 +9,9 @@ fitted to one false alarm in a thousand steps on the part `fit`; claims are judg
 architectures, sizes and learning rates.
 
 Power: with some 50 failing runs of the part `test` a median lead is known to about 7 steps, a share to 0.14, a
-difference of shares or leads between signals, paired, to 0.17 or 7 steps; of sharpness and M1, which two in three of
-the runs read, to 0.22. With some 40 runs that fail untreated, a share that an action saves is known to 0.15, and with 30
-of them a difference between actions, paired, to 0.2: smaller ones these runs leave undecided.
+difference of shares or leads between signals, paired, to 0.17 or 7 steps; of sharpness and M1, which two in three runs
+read, to 0.22. With some 40 runs that fail untreated, a share that an action saves is known to 0.15, and with 30 of them
+a difference between actions, paired, to 0.2: smaller ones these runs leave undecided.
 """
 
 import dataclasses
