@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from stability_lib import models, probes, replicas, runs, signals
+from stability_lib.alarms import ALARMS
+from stability_lib.chapters import c16_early_warning as c16
 from stability_lib.config import SIGNALS, RunConfig, replace, run_key
 from stability_lib.train import loss_terms, train_run
 
@@ -260,3 +262,37 @@ def test_the_preconditioner_is_what_adam_divides_by():
         optimizer.step()
     (p,) = probes.adam_preconditioner(optimizer, [x])
     assert torch.allclose(before - x.detach(), 0.1 * optimizer.state[x]["exp_avg"] / p, rtol=1e-4)
+
+
+# chapter 16, and what the monitor takes from it
+
+@pytest.fixture(scope="module")
+def near_failing():
+    found = runs.frame([*runs.read(runs.reference_path("near_failing")).values()])
+    assert set(found["key"]) == {run_key(config) for config in c16.near_failing("cpu")}
+    return signals.series(found), c16.about(found)
+
+
+def test_the_alarm_of_the_actions_is_the_best_of_the_fitting_part(near_failing):
+    assert c16.best_alarm(*near_failing) == pytest.approx(c16.ALARM)
+
+
+def test_the_monitors_alarms_are_those_of_chapter_16(near_failing):
+    taken = {alarm.quantity: alarm.above for alarm in ALARMS if alarm.chapter == "16"}
+    assert taken == c16.monitored(*near_failing)
+
+
+def test_actions_begin_when_they_say():
+    config = c16.untreated("cpu")[-1]
+    assert c16.acted(config, "roll back", "from the start") is None
+    assert c16.acted(replace(config, qk_norm="head"), "QK-clip", "at the alarm") is None
+    assert c16.acted(config, "halve the LR", "from the start").lr == config.lr / 2
+    blind = c16.acted(config, "halve the LR", "at a random step")
+    assert blind.alarm == "step" and 10 <= blind.alarm_above < config.steps
+    assert c16.acted(config, "QK-clip", "at the alarm").alarm == c16.ALARM[0]
+
+
+def test_every_run_has_its_setting():
+    for scale in ("quick", "cpu", "gpu"):
+        names = {c16.setting_name(vars(config)) for config in c16.near_failing(scale)}
+        assert names == set(c16._settings(scale))

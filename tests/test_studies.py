@@ -76,7 +76,8 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
 
 NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
-                   "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse")
+                   "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
+                   "near_failing", "acted_on")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
