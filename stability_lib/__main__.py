@@ -1,4 +1,4 @@
-"""The command line: `stability-lib reproduce | reference | promote | audit | profile`, or `python -m stability_lib`."""
+"""The command line: `stability-lib COMMAND`, or `python -m stability_lib COMMAND`."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit,
-                   "profile": _profile}
+                   "profile": _profile, "remedies-page": _remedies_page}
         return command[options.command](options)
     except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
             OSError, ImportError) as error:
@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--snapshots", type=int, default=2048, metavar="N", help="token states (default 2048)")
     profile.add_argument("--output", type=Path, default=Path("reports/profiles"), metavar="DIR",
                          help="folder for page and JSON (default reports/profiles)")
+
+    commands.add_parser("remedies-page", help="render docs/which_remedy.md from its template, the notebooks' boards "
+                        "and the committed runs")
 
     for command in (reproduce, reference, audit, profile):
         command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
@@ -147,6 +150,13 @@ def _profile(options) -> int:
     for name, profile in found.items():
         print(f"{name}\n{pages.shown(profile).round(3).to_string()}\n{profile.verdict()}\n")
     print(f"page: {page}")
+    return 0
+
+
+def _remedies_page(options) -> int:
+    from . import advice  # drawing libraries take seconds to import
+
+    print(f"page: {advice.write()}")
     return 0
 
 

@@ -66,7 +66,7 @@ class Raised:
         limit = ("is not finite" if not math.isfinite(self.value) else f"is above {self.alarm.above:g}"
                  if self.value > self.alarm.above else f"is below {self.alarm.below:g}")
         advice = f": {self.alarm.remedy}" if self.alarm.remedy else ""
-        chapter = f" (chapter {self.alarm.chapter})" if self.alarm.chapter else ""
+        chapter = f" (chapter {self.alarm.chapter}; more in docs/which_remedy.md)" if self.alarm.chapter else ""
         return (f"step {self.step}: {self.reading}{more}, {self.value:.4g}, {limit}, since step {self.since}"
                 f"{advice}{chapter}")
 

@@ -527,7 +527,7 @@ def test_an_alarm_says_where_what_since_when_and_what_helps():
     still = torch.optim.SGD(model.parameters(), 0.0)
     with StabilityMonitor(model, every=1, alarms=alarming()) as monitor:
         with pytest.warns(UserWarning, match=r"step 0: attention_logit_max/h.1, \S+, is above 10000, since step 0: use "
-                                             r"qk-norm \(chapter 01\)"):
+                                             r"qk-norm \(chapter 01; more in docs/which_remedy.md\)"):
             steps_of(model, monitor, optimizer=still)
         steps_of(model, monitor, 2, optimizer=still)  # once a stretch
         with torch.no_grad():

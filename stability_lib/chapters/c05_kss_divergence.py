@@ -48,7 +48,8 @@ def control_name(run: Mapping) -> str:
     `SAM 0.1 + KSS 5`. `run` holds the fields of `RunConfig`, as a row of `ensure`'s table does."""
     penalties = dict(kss="KSS", unstable="unstable term", near_unit="near-unit term", random_l2="random l2",
                      residual_norm="stream norm", activation_variance="activation variance", jacobian="Jacobian")
-    fields = {**{name: getattr(RunConfig(), name) for name in CHOICES}, **run}
+    default = RunConfig()
+    fields = {**{name: getattr(default, name) for name in CHOICES}, **run}
     warm_ups = [CONTROL[scale]["warmup_steps"] for scale in SCALES]
     steps = [CONTROL[scale]["steps"] for scale in SCALES]
     names = [
@@ -83,7 +84,8 @@ def kss_dose(scale: str) -> list[RunConfig]:
     alphas, everies = {"quick": ([0.15, 5.0], [1, 10]), "gpu": ([0.15, 1.5, 5.0, 20.0], [1, 10])}.get(
         scale, ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10]))
     cells = grid(control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies, **_few(scale))
-    return [config for config in cells if config not in kss_divergence(scale)]
+    beside = kss_divergence(scale)
+    return [config for config in cells if config not in beside]
 
 
 def _few(scale: str) -> dict:
