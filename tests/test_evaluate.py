@@ -567,7 +567,7 @@ def test_a_bootstrap_resamples_runs_whole():
     counts, steps = np.array([0, 2, 0, 4]), np.array([100.0, 200, 100, 200])
     found = evaluate.bootstrap(lambda a, b: a.sum() / b.sum(), counts, steps)
     assert found.value == 0.01 and found.n == 4
-    assert found.low == 0 and found.high == pytest.approx(0.02)  # each resample has whole runs
+    assert found.low == 0 and 0.01 < found.high <= 0.02  # no resample has more alarms a step than the worst run
     assert evaluate.bootstrap(np.median, [1, 1, 1]).high == 1
     for too_few in ([3.0], [1.0, np.nan]):
         with pytest.raises(ValueError):
