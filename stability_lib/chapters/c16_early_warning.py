@@ -123,7 +123,7 @@ def near_failing(scale: str) -> list[RunConfig]:
     return found
 
 
-ALARM = ("attention_logit_max", 1e4)
+ALARM = ("kurtosis_jump", 3.325517194919942)
 """What `best_alarm` says of the part `fit` of `near_failing`, before any run of `acted_on`."""
 CLIP_AT = 100.0
 """Kimi K2's threshold of QK-clip."""
