@@ -280,6 +280,18 @@ def test_the_alarm_of_the_actions_is_the_best_of_the_fitting_part(near_failing):
 def test_the_monitors_alarms_are_those_of_chapter_16(near_failing):
     taken = {alarm.quantity: alarm.above for alarm in ALARMS if alarm.chapter == "16"}
     assert taken == c16.monitored(*near_failing)
+    counted = [alarm for alarm in ALARMS if alarm.per_1000 is not None]
+    assert {alarm.quantity for alarm in counted} >= {alarm.quantity for alarm in ALARMS} & set(SIGNALS)
+    for alarm in counted:
+        rate = c16.false_alarms(*near_failing, alarm.quantity, alarm.above)
+        assert alarm.per_1000 == pytest.approx(rate, abs=0.05)
+
+
+def test_nearly_all_runs_on_text_that_pass_1e4_fail(near_failing):
+    series, about = near_failing
+    passed = set(series.loc[(series["signal"] == "attention_logit_max") & (series["value"] > 1e4), "key"])
+    passed = about[about.index.isin(passed) & (about["task"] == "P")]
+    assert len(passed) > 10 and passed["failing_step"].notna().mean() > 0.9
 
 
 def test_actions_begin_when_they_say():

@@ -42,6 +42,8 @@ GOLDEN = {
     "profiles": ("0bde522b", "926827c0", "838fd24e", "787bbef3"),
     "architectures": ("efa947d0", "70fa3d1f", "f279cff5", "36acdf72"),
     "router_collapse": ("ed2b84c7", "4b173471", "eb3f9c09", "7ea6cf89"),
+    "near_failing": ("13afa5e0", "7e1e5c8b", "351b793e", "1994c51a"),
+    "acted_on": ("018b4140", "1ff51529", "7e7e08ad", "de756283"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 

@@ -233,6 +233,13 @@ def monitored(series: pd.DataFrame, about: pd.DataFrame) -> dict[str, float]:
     return {name: float(f"{fitted[name]:.2g}") for name, gain in found.items() if gain and gain.low > 0}
 
 
+def false_alarms(series: pd.DataFrame, about: pd.DataFrame, signal: str, threshold: float) -> float:
+    """How many a threshold that was not fitted here gives in a thousand steps of all runs that do not fail."""
+    calm = about[about["failing_step"].isna()]
+    judged = signals.judge(series[series["signal"] == signal], calm, threshold)
+    return 1000 * judged["false_alarms"].sum() / calm["steps"].sum()
+
+
 CLAIMS = (
     Claim("W.kurtosis", "trainscope 1.1", "activation kurtosis warns 14 to 18 steps before the loss diverges",
           "14 to 18 steps, mean 16.7, one scenario",
