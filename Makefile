@@ -56,7 +56,7 @@ clean:  ## remove the virtual environment and the reports, not your runs
 
 $(VENV)/ready: pyproject.toml requirements.lock requirements-nodeps.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --constraint requirements.lock --editable '.[pretrained]'
+	$(PIP_INSTALL) --constraint requirements.lock --editable '.[pretrained,lightning]'
 	$(PIP_INSTALL) --no-deps --requirement requirements-nodeps.txt
 	touch $@
 

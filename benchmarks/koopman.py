@@ -4,7 +4,8 @@
    kappa (Kreiss constants apart). PyDMD's fit also makes modes and amplitudes, so the ratio to its operator step alone
    (SVD, A and its eigenvectors) is listed beside it.
 2. Kreiss: seconds of the search on one layer.
-3. model: seconds and peak memory of the profile of a GPT-2 with 12 layers, D=768, N=2048, from random weights.
+3. model: seconds and peak memory of the profile of a GPT-2 with 12 layers, D=768, N=2048, from random weights, and
+   the seconds of one layer at a time.
 
 Rounds alternate between the sides so that a slow moment of the machine hits all; a ratio is the median over rounds
 with the lowest and highest. Needs `pip install pydmd` and an idle machine. `python benchmarks/koopman.py` writes
@@ -69,20 +70,29 @@ def kreiss_seconds(width: int) -> float:
     return seconds(lambda: koopman.kreiss_constant(a))
 
 
-def whole_model(width: int, layers: int) -> tuple[float, int]:
-    """Seconds to profile a GPT-2, and by how many MB the process's peak memory rose."""
+def whole_model(width: int, layers: int, rounds: int) -> tuple[str, int]:
+    """Seconds to profile a GPT-2 with layers side by side and one at a time, in words, and by how many MB the process's
+    peak memory rose."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, bos_token_id=0,
                                        eos_token_id=0))
     tokens = torch.randint(model.config.vocab_size, (32, 64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    taken = seconds(lambda: koopman.profile(model, {"input_ids": tokens}, kreiss=False))
-    return taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    taken = {koopman.AT_ONCE: [], 0: []}  # bytes that layers side by side may take
+    for i in range(rounds):
+        for koopman.AT_ONCE in list(taken)[:: -1 if i % 2 else 1]:
+            taken[koopman.AT_ONCE].append(seconds(lambda: koopman.profile(model, {"input_ids": tokens}, kreiss=False)))
+    koopman.AT_ONCE, _ = taken
+    together, alone = taken.values()
+    gain = [b / a for a, b in zip(together, alone, strict=True)]
+    return (f"{statistics.median(together):.1f} s, one layer at a time {statistics.median(alone):.1f} s (ratio "
+            f"{statistics.median(gain):.2f}, {min(gain):.2f} to {max(gain):.2f})",
+            (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def main() -> None:
     quick = "--quick" in sys.argv
-    model = (128, 3) if quick else (768, 12)
+    model = (128, 3, 3) if quick else (768, 12, 3)
     taken, rise = whole_model(*model)  # first: peak memory only grows
     rows = [compare(width, rounds) for width, rounds in ([(64, 3), (128, 3)] if quick else
                                                          [(256, 25), (768, 7), (1024, 7)])]
@@ -93,7 +103,7 @@ def main() -> None:
         "Seconds are medians; ratios are PyDMD's time over ours, median (lowest to highest) over rounds.", "",
         "| D | PyDMD fit, s | its operator, s | eigenvalues, s | layer with kappa, s | fit / eigenvalues | "
         "operator / eigenvalues | fit / layer | operator / layer | largest difference |", "|" + "---|" * 10, *rows, "",
-        f"A GPT-2 with {model[1]} layers of D = {model[0]}, 2048 token states, Kreiss constants apart: {taken:.1f} s, "
+        f"A GPT-2 with {model[1]} layers of D = {model[0]}, 2048 token states, Kreiss constants apart: {taken}, "
         f"peak memory {rise} MB above the model.", "",
         "Kreiss search on one layer: " + ", ".join(f"D = {d} {s:.1f} s" for d, s in kreiss.items()) + ".", ""])
     if not quick:

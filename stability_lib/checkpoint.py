@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def profile(path: str | Path, prompts: Sequence[str] | Tensor | Mapping | None =
         device: where layers run and states are factored; None: the CPU.
 
     The heads of the model are left out. Weights are float32, whatever the checkpoint has. Raises `ProfileError` for a
-    folder without config, with missing or damaged shards, with pickled or quantised weights, without tokenizer.
+    folder without config, with missing or damaged shards, with pickled or quantised weights, without tokenizer, and for
+    texts that are empty or, where `snapshots` is not what limits them, have no more token states than a fit of the
+    width, or the rank, meets exactly. The library's own prompts are profiled then too, and the verdict warns.
     """
     path, device = Path(path).expanduser(), torch.device(device or "cpu")
     if layers is not None and not isinstance(layers, str):
@@ -89,26 +92,35 @@ def profile(path: str | Path, prompts: Sequence[str] | Tensor | Mapping | None =
     else:
         model, shards = _on_meta(path, device), _shards(path)
         residual_layers(model, layers)  # before anything is read
-    inputs = prompts if isinstance(prompts, (Tensor, Mapping)) else encode(
-        _tokenizer(path), PROMPTS if prompts is None else prompts, max_tokens, snapshots)
+    inputs, short = prompts, False
+    if not isinstance(prompts, (Tensor, Mapping)):
+        inputs = encode(_tokenizer(path), PROMPTS if prompts is None else prompts, max_tokens, snapshots)
+        short = prompts is not None and int(inputs["attention_mask"].sum()) < (snapshots or math.inf)
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     used = dict(layers=layers, snapshots=snapshots, **settings)
     kept = {} if keep is None else Kept(Path(keep) / f"layers-{_identity(path, inputs, used, device)}.jsonl")
     with contextlib.nullcontext() if whole else streamed(model, shards, layers, device):
-        return koopman.profile(model, inputs, progress=progress, kept=kept, **used)
+        return koopman.profile(model, inputs, progress=progress, kept=kept, allow_exact=not short, **used)
 
 
 def encode(tokenizer, prompts: Iterable[str], max_tokens: int, snapshots: int | None) -> dict[str, Tensor]:
-    """Token ids and attention mask [B, T], padded right, of as many prompts as have `snapshots` tokens together."""
+    """Token ids and attention mask [B, T], padded right, of as many prompts as have `snapshots` tokens together, each
+    once, as a repeated one adds no state."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ProfileError("there is no prompt: pass at least one text")
-    rows, total = [], 0
+    rows, total, seen = [], 0, set()
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise ProfileError(f"prompt {i} of {len(texts)} is empty or no text: {text!r:.60}")
-        rows.append(torch.tensor(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]))
+        if text in seen:
+            continue
+        seen.add(text)
+        ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
+        if not ids:
+            raise ProfileError(f"prompt {i} of {len(texts)} has no token that the tokenizer knows: {text!r:.60}")
+        rows.append(torch.tensor(ids))
         total += len(rows[-1])
         if snapshots is not None and total >= snapshots:
             break
@@ -179,7 +191,6 @@ class Kept(dict):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = []
         for line in lines:
@@ -192,6 +203,7 @@ class Kept(dict):
 
     def __setitem__(self, number: int, layer: LayerProfile) -> None:
         super().__setitem__(number, layer)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(Profile((layer,), koopman.PAPER).to_dict(), allow_nan=False) + "\n")
 

@@ -71,7 +71,7 @@ def load(name: str, digest: str | None = None) -> Tokens:
 @functools.lru_cache(maxsize=8)
 def _load(name: str, digest: str | None) -> Tokens:
     """The digest is part of what the cache goes by, so that it never serves a text from before it was edited."""
-    train, valid = _parts(name, digest)
+    train, valid = raw(name, digest)
     text = np.frombuffer(train + valid, dtype=np.uint8)
     symbols = np.flatnonzero(np.bincount(text, minlength=256))
     code_of = np.zeros(256, dtype=np.uint8)
@@ -80,8 +80,8 @@ def _load(name: str, digest: str | None) -> Tokens:
     return Tokens(name, codes[: len(train)], codes[len(train):], len(symbols))
 
 
-def _parts(name: str, digest: str | None) -> tuple[bytes, bytes]:
-    """A text's training and validation part."""
+def raw(name: str, digest: str | None = None) -> tuple[bytes, bytes]:
+    """The bytes of the training and the validation part of the text called `name` or at that path."""
     known = {"shakespeare": _shakespeare, "wikitext103": _wikitext103, "openwebtext": _openwebtext, "c4": _c4}
     return known[name]() if name in known else _own(name, digest)[1]
 
@@ -226,7 +226,7 @@ def _byte_pairs(name: str, digest: str | None, vocab_size: int) -> Tokens:
         raise ValueError(f"vocab_size {vocab_size} has no room for all bytes: choose at least 256 with tokenizer 'bpe'")
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # not needed for bytes
 
-    lines = [part.decode(errors="replace").splitlines(keepends=True) for part in _parts(name, digest)]
+    lines = [part.decode(errors="replace").splitlines(keepends=True) for part in raw(name, digest)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -236,6 +236,29 @@ def stable_lr(runs: pd.DataFrame, by: list[str], margin: float = FAILS_BY) -> pd
     return runs.groupby([*_columns(by), "seed"], dropna=False).apply(one, include_groups=False).reset_index()
 
 
+def lr_window(runs: pd.DataFrame, by: list[str], margin: float = 0.1) -> pd.DataFrame:
+    """Per group and seed the learning rates around the best one of the grid whose loss stays within `margin` of its:
+    from `low` to `high`, by linear interpolation in log LR, `decades` apart. Where `open_low` or `open_high`, the grid
+    ends before the loss passes the margin, and the window with it. Raises `ValueError` where a group has more than one
+    run at an LR."""
+    def one(group: pd.DataFrame) -> pd.Series:
+        if group["lr"].duplicated().any():
+            raise ValueError(f"more than one run per LR in a group: add to {by} the field that tells them apart")
+        x, excess = np.log10(group["lr"].to_numpy()), (group["loss"] - group["loss"].min()).to_numpy()
+        ends, best = {}, excess.argmin()
+        for name, side in (("low", slice(best, None, -1)), ("high", slice(best, None))):
+            at, height = x[side], excess[side]
+            over = height > margin
+            i = over.argmax() if over.any() else len(at) - 1
+            ends[f"open_{name}"] = not over.any()
+            ends[name] = 10 ** (np.interp(margin, height[i - 1:i + 1], at[i - 1:i + 1]) if over.any() else at[i])
+        return pd.Series({**ends, "decades": np.log10(ends["high"] / ends["low"])})
+
+    groups = runs.assign(loss=capped_loss(runs)).sort_values("lr").groupby([*_columns(by), "seed"], dropna=False)
+    return groups.apply(one, include_groups=False).reset_index().astype({"open_low": bool, "open_high": bool,
+                                                                         "low": float, "high": float, "decades": float})
+
+
 def slopes(frame: pd.DataFrame, x: str, y: str, by: Sequence[str] = ("seed",)) -> pd.Series:
     """The least-squares slope of y on x within each group `by`. Raises `ValueError` where a group has a value that is
     not finite, or only one x."""

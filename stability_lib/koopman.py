@@ -9,7 +9,7 @@ Where the states span only M < D directions (few tokens, a norm that fixes their
 D - M other eigenvalues are zeros of the pseudo-inverse: they are left out everywhere, masses are shares of the M modes,
 and A stands for its restriction to those directions, which has the same left eigenvectors and residuals.
 
-Dimensions: B batch, T position, D model, N snapshots (token states), M modes, K = min(N, 2 D).
+Dimensions: B batch, T position, D model, N snapshots (token states), M modes, K = min(N, 2 D), R = min(N, D).
 """
 
 import contextlib
@@ -22,15 +22,23 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 
 import numpy as np
 import torch
-from scipy import linalg, ndimage, optimize
-from scipy.sparse.linalg import LinearOperator, eigsh
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
+from . import lapack
 from .config import unknown
-from .profiles import METRICS, PAPER, LayerProfile, Profile, Thresholds, draw_depth, draw_eigenvalues  # noqa: F401
+from .kreiss import RHO_TOLERANCE, kreiss_constant
+from .profiles import (  # noqa: F401
+    METRICS,
+    PAPER,
+    STATES_PER_MODE,
+    LayerProfile,
+    Profile,
+    Thresholds,
+    draw_depth,
+    draw_eigenvalues,
+)
 from .stream import (
     ProfileError,
     features_last,
@@ -44,8 +52,9 @@ from .stream import (
 
 SMALL = 1e-12
 """The small number in the denominators of eqs. 5 and 10, which the paper does not name."""
-RHO_TOLERANCE = 1e-8
-"""For the Kreiss constant a spectral radius above 1 by no more than this is 1: a rotation fitted to data has one."""
+AT_ONCE = 2e9
+"""Bytes that layers analysed side by side may take together, at 16 float64 arrays [N, D] each: two layers of
+D = 768 by N = 2048 take 0.4 GB, one of D = 4096 is analysed alone."""
 
 
 def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
@@ -53,7 +62,7 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
             snapshots: int | None = 2048, seed: int = 0, rank: int | None = None, eps: float = 1e-5,
             cutoff: float | None = None, thresholds: Thresholds = PAPER, kreiss: bool | None = None,
             channel_dim: int | None = None, device: torch.device | str | None = None, progress: bool = False,
-            kept: MutableMapping[int, LayerProfile] | None = None) -> Profile:
+            kept: MutableMapping[int, LayerProfile] | None = None, allow_exact: bool = True) -> Profile:
     """Profile the residual stream of `model` on a forward pass in eval mode; model and RNGs stay as they were.
 
     Args:
@@ -67,10 +76,13 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
         channel_dim: which dimension of the states is D, where it is not the last: 1 for [B, C, H, W].
         progress: show a bar, but under the batch runner.
         kept: finished layers by their number, which are not analysed again, and into which others are put as they come.
+        allow_exact: whether N <= M + 1 token states, which M modes fit exactly, are profiled, with a warning in the
+            verdict, or an error.
 
     A layer's X is what it is called with, its Y the stream in its output, before any final norm. Compiled models run
-    eagerly. Layers are reduced as they stream by: beside the forward pass, only a few times 2 D x N numbers are alive;
-    with several batches, the 2 D x N of every layer. Raises `ProfileError`.
+    eagerly. Layers are reduced as they stream by, on a CPU as many at once as torch has threads and `AT_ONCE` allows:
+    beside the forward pass, only a few times 2 D x N numbers of each are alive; with several batches, the 2 D x N of
+    every layer. Raises `ProfileError`.
     """
     _whole("snapshots", snapshots, 2)
     if not isinstance(thresholds, Thresholds):
@@ -79,21 +91,32 @@ def profile(model: nn.Module, inputs: Tensor | Mapping | tuple | Iterable, *,
     stack = residual_layers(model, layers)
     choose = functools.partial(_choose, positions=positions, seed=seed)
     watch = functools.partial(_watch, unwrapped(model), stack, channel_dim=channel_dim, side_by_side=layers is not None)
-    found, kept = [], {} if kept is None else kept
+    analyse = functools.partial(layer_profile, rank=rank, eps=eps, cutoff=cutoff, device=device, thresholds=thresholds,
+                                kreiss=kreiss, seed=seed)
+    found, kept, waiting = [], {} if kept is None else kept, {}
     with _bar(len(stack), progress) as bar:
         def reduce(x: Tensor, y: Tensor) -> None:
+            if not allow_exact:
+                _check_enough(*x.shape, rank)
             if (layer := len(found)) not in kept:
-                kept[layer] = layer_profile(x, y, layer=layer, rank=rank, eps=eps, cutoff=cutoff, device=device,
-                                            thresholds=thresholds, kreiss=kreiss, seed=seed)
-            found.append(kept[layer])
-            bar.update()
+                waiting[layer] = functools.partial(analyse, x, y, layer=layer)
+            found.append(layer)
+            if len(waiting) >= _at_once(x.numel(), x.device, device or x.device):
+                finish()
+
+        def finish() -> None:
+            for layer, result in zip([*waiting], lapack.at_once([*waiting.values()]), strict=True):
+                kept[layer] = result
+            waiting.clear()
+            bar.update(len(found) - bar.n)
 
         if isinstance(inputs, (Tensor, Mapping, tuple)):
             watch(inputs, functools.partial(choose, snapshots=snapshots), lambda _, x, y: reduce(x, y))
         else:
             for pairs in _gather(watch, inputs, choose, snapshots):
                 reduce(*(torch.cat(states) for states in zip(*pairs, strict=True)))
-    return Profile(tuple(found), thresholds, rank)
+        finish()
+    return Profile(tuple(kept[layer] for layer in found), thresholds, rank)
 
 
 def profile_checkpoint(path, prompts=None, **settings) -> Profile:
@@ -134,23 +157,25 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
         x, y = x @ basis_DxM, y @ basis_DxM
 
     x_KxD, y_KxD = _compress(x, y)
-    p_KxM, s, w_DxD, modes = _factor(x_KxD, cutoff, layer)
-    variance = torch.zeros_like(w_DxD[0])
-    variance[: len(s)] = s.square() / (n - 1)
-    whiten = (variance + eps).rsqrt()
+    p_KxM, s, w_RxD, modes = _factor(x_KxD, cutoff, layer)
+    whiten = (s.square() / (n - 1) + eps).rsqrt()
     # Xt and Yt in the eigenbasis W of Sigma and the basis Q of _compress: rotations, which no number below notices
-    xt_DxK, yt_DxK = (whiten[:, None] * (w_DxD @ states_KxD.T) for states_KxD in (x_KxD, y_KxD))
-    update = float((yt_DxK - xt_DxK).norm())
-    degenerate = update <= thresholds.identity * float(xt_DxK.norm())
-    gain = (whiten[: len(s)] * s)[:modes]
-    fitted_DxM = yt_DxK @ p_KxM
-    a_MxM = (fitted_DxM[:modes] / gain).cpu().numpy()
-    misfit_DxK = yt_DxK - fitted_DxM @ p_KxM.T  # Yt - A Xt
+    xt_RxK, yt_RxK = (whiten[:, None] * (w_RxD @ states_KxD.T) for states_KxD in (x_KxD, y_KxD))
+    fitted_RxM = yt_RxK @ p_KxM
+    misfit_RxK = yt_RxK - fitted_RxM @ p_KxM.T  # Yt - A Xt
+    update, misfit = float((yt_RxK - xt_RxK).norm()), float(misfit_RxK.norm())
+    if len(s) < x_KxD.shape[1]:  # what of Yt leaves the span of all states of X, where Sigma is eps
+        outside_KxD = (y_KxD - (y_KxD @ w_RxD.T) @ w_RxD) / math.sqrt(eps)
+        update = math.hypot(update, float(outside_KxD.norm()))
+        misfit = math.hypot(misfit, float((outside_KxD - p_KxM @ (p_KxM.T @ outside_KxD)).norm()))
+    degenerate = update <= thresholds.identity * float(xt_RxK.norm())
+    gain = (whiten * s)[:modes]
+    a_MxM = (fitted_RxM[:modes] / gain).cpu().numpy()
 
-    with _blas().limit(limits=1, user_api="blas"):  # the threads of numpy's and torch's own only wait for each other
+    with lapack.one_thread():  # the threads of numpy's and torch's own only wait for each other
         values, left_MxM, kappa = _eigen(a_MxM)
         # u_j^* (Yt - lambda_j Xt) = u_j^* (Yt - A Xt): no cancellation as between Gram matrices, which squares errors
-        off = _row_norms(left_MxM @ misfit_DxK[:modes].cpu().numpy(), values)
+        off = _row_norms(left_MxM @ misfit_RxK[:modes].cpu().numpy(), values)
     residuals = off / (_row_norms(left_MxM * gain.cpu().numpy(), values) + SMALL)
     size = np.abs(values)
     rho, order = float(size.max()), np.lexsort((-values.imag, -size))
@@ -159,7 +184,7 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     return LayerProfile(
         layer=layer, width=width, snapshots=n, modes=modes, **_masses(size, thresholds), spectral_radius=rho,
         eigenvector_condition=kappa,
-        nonlinearity=math.nan if degenerate else float(misfit_DxK.norm()) / (update + SMALL),
+        nonlinearity=math.nan if degenerate else misfit / (update + SMALL),
         kreiss=math.inf if rho > 1 + RHO_TOLERANCE else scaled, kreiss_scaled=scaled,
         reliable_share=float((residuals <= thresholds.residual).mean()), update_size=update_size,
         degenerate=degenerate, eigenvalues=values[order], residuals=residuals[order])
@@ -175,79 +200,10 @@ def eigenvalues(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, cutof
     a_MxM = _normal_equations(x.cpu().numpy(), y.cpu().numpy(), cutoff)
     if a_MxM is None:
         x_KxD, y_KxD = _compress(x, y)
-        p_KxM, s, w_DxD, modes = _factor(x_KxD, cutoff, 0)
-        a_MxM = (p_KxM.T @ y_KxD @ w_DxD[:modes].T / s[:modes, None]).cpu().numpy()
+        p_KxM, s, w_RxD, modes = _factor(x_KxD, cutoff, 0)
+        a_MxM = (p_KxM.T @ y_KxD @ w_RxD[:modes].T / s[:modes, None]).cpu().numpy()
     values = np.linalg.eigvals(a_MxM).astype(complex)
     return values[np.lexsort((-values.imag, -np.abs(values)))]
-
-
-def kreiss_constant(a_MxM: np.ndarray) -> float:
-    """K(A) = sup over |z| > 1 of (|z| - 1) ||(zI - A)^-1|| (eq. 29), with 1 <= K(A) <= sup_n ||A^n|| <= e M K(A).
-
-    Infinite where the spectral radius is above 1; A / rho has a finite one there. 1 where ||A|| <= 1. Else a grid, even
-    in angle and in log(|z| - 1) plus the angles of the 32 largest eigenvalues, is ranked on the Schur form and its five
-    highest peaks are climbed, each to 1e-6 relative: a lower bound where the grid misses a higher one. |z| - 1 goes
-    from 1e-6, where a defective eigenvalue on the circle gives 1e5 or more for infinity, to 1000 ||A||; from there
-    on the function is below 1.001.
-    """
-    a_MxM = np.asarray(a_MxM)
-    schur = linalg.rsf2csf(*linalg.schur(a_MxM))[0]
-    values, norm, m = schur.diagonal().copy(), np.linalg.norm(a_MxM, 2), len(schur)
-    if np.abs(values).max() > 1 + RHO_TOLERANCE:
-        return math.inf
-    if norm <= 1 + 1e-12:
-        return 1.0
-    shifted = np.asfortranarray(-schur)  # zI - T, its diagonal set for each z
-    start = np.random.default_rng(0).normal(size=(m, 2)) @ [1, 1j]
-
-    def shift(angle: float, distance: float) -> complex:
-        turn = complex(math.cos(angle), math.sin(angle))
-        np.fill_diagonal(shifted, (1 + distance) * turn - values)
-        return turn
-
-    def solve(v: np.ndarray, adjoint: bool = False) -> np.ndarray:
-        return linalg.lapack.ztrtrs(shifted, v, trans=2 * adjoint)[0]
-
-    def rank(angle: float, log: float) -> float:
-        """A lower bound of log (|z| - 1) ||(zI - T)^-1||, by three power steps."""
-        shift(angle, math.exp(log))
-        v = start
-        for _ in range(3):
-            v = solve(solve(v / np.linalg.norm(v)), adjoint=True)
-        return log + math.log(np.linalg.norm(v)) / 2
-
-    def height(point: np.ndarray) -> tuple[float, np.ndarray]:
-        """-log (|z| - 1) ||(zI - T)^-1|| and its gradient, from the largest singular pair of the resolvent."""
-        distance = math.exp(point[1])
-        turn = shift(point[0], distance)
-        if m <= 32:
-            v = np.linalg.svd(shifted)[0][:, -1]
-        else:
-            gram = LinearOperator((m, m), lambda v: solve(solve(v), adjoint=True), dtype=complex)
-            v = eigsh(gram, k=1, v0=start, tol=1e-10)[1][:, 0]
-        u = solve(v)
-        slope = np.vdot(v, u) * turn
-        return (-math.log(distance * np.linalg.norm(u)),
-                np.array([-((1 + distance) * slope).imag, distance * slope.real - 1]))
-
-    angles, logs = _angles(values, np.isrealobj(a_MxM)), np.linspace(math.log(1e-6), math.log(1e3 * norm), 16)
-    grid = np.array([[rank(angle, log) for log in logs] for angle in angles])
-    peaks = np.argwhere(grid == ndimage.maximum_filter(grid, 3, mode="nearest"))
-    best = 1.0
-    for i, j in sorted(peaks, key=lambda peak: -grid[tuple(peak)])[:5]:
-        # a step off the real axis, where the slope across it is zero by symmetry also at a saddle
-        top = optimize.minimize(height, (angles[i] + min(math.exp(logs[j]), 0.2) / 10, logs[j]), jac=True,
-                                method="L-BFGS-B", bounds=((None, None), (logs[0], logs[-1])),
-                                options={"ftol": 1e-13, "gtol": 1e-8})
-        best = max(best, math.exp(-top.fun))
-    return best
-
-
-def _angles(values: np.ndarray, even: bool) -> np.ndarray:
-    """Of the grid of `kreiss_constant`; half of them where the resolvent norm is even, as that of a real matrix is."""
-    half = 1 if even else 2
-    largest = np.angle(values[np.argsort(-np.abs(values))[: 32 * half]])
-    return np.unique([*np.linspace(0, half * math.pi, 24 * half + 1), *(abs(largest) if even else largest)])
 
 
 def _states(x, y, layer: int, cutoff: float | None, device=None) -> tuple[Tensor, Tensor, float]:
@@ -306,13 +262,13 @@ def _compress(x_NxD: Tensor, y_NxD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(x_KxD: Tensor, cutoff: float, layer: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The SVD x = P s W, P cut to M and W complete, and the number M of singular values above `cutoff`."""
+    """The SVD x = P s W of R = min(K, D) values, P cut to M, and the number M of singular values above `cutoff`."""
     k, width = x_KxD.shape
-    p, s, w_DxD = torch.linalg.svd(x_KxD[:width])  # the rows below are zero
+    p, s, w_RxD = torch.linalg.svd(x_KxD[:width], full_matrices=False)  # the rows below are zero
     modes = int((s > cutoff).sum())
     if not modes:
         raise ProfileError(f"the input of layer {layer} does not vary over its token states: use more varied inputs")
-    return nn.functional.pad(p[:, :modes], (0, 0, 0, k - len(p))), s, w_DxD, modes
+    return nn.functional.pad(p[:, :modes], (0, 0, 0, k - len(p))), s, w_RxD, modes
 
 
 def _leading_directions(x_NxD: Tensor, rank: int, seed: int, cutoff: float) -> Tensor:
@@ -326,15 +282,9 @@ def _leading_directions(x_NxD: Tensor, rank: int, seed: int, cutoff: float) -> T
     return sketch @ axes.T[:, :max(1, min(rank, int((sizes > cutoff).sum())))]
 
 
-@functools.cache
-def _blas() -> ThreadpoolController:
-    """Of the libraries loaded by now; made once, as finding them takes longer than an eigenvalue."""
-    return ThreadpoolController()
-
-
 def _eigen(a_MxM: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Eigenvalues, left eigenvectors in rows as LAPACK packs them (a pair: real part, imaginary part), and kappa(V)."""
-    real, imaginary, left, right, info = linalg.lapack.dgeev(a_MxM)
+    real, imaginary, left, right, info = lapack.eig(a_MxM)
     if info:
         raise ProfileError(f"the eigenvalues of a layer's A did not converge (LAPACK dgeev {info}): check its states")
     # a pair [v, conj v] is sqrt(2) [Re v, Im v] times a unitary matrix: real columns have the singular values of V
@@ -430,6 +380,21 @@ def _call(model: nn.Module, batch) -> tuple[tuple, dict]:
     if devices:
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), (args, kwargs))
     return args, kwargs
+
+
+def _check_enough(n: int, width: int, rank: int | None) -> None:
+    modes = min(width, rank or width)
+    if n <= modes + 1:
+        fits, more = n // STATES_PER_MODE, f"pass {modes + 2 - n} more, better {STATES_PER_MODE * modes - n}"
+        raise ProfileError(f"{n} token states are too few for {modes} modes, which fit them exactly whatever the "
+                           f"layers do: {more}" + (f", or rank={fits} (--rank {fits})" if fits else ""))
+
+
+def _at_once(numbers: int, *devices) -> int:
+    """How many layers to analyse side by side, if X has so many numbers and states are on one and factored on another
+    of the devices."""
+    on_cpu = all(torch.device(device).type == "cpu" for device in devices)
+    return max(1, min(torch.get_num_threads(), int(AT_ONCE / (16 * 8 * max(numbers, 1))))) if on_cpu else 1
 
 
 def _whole(name: str, value, least: int) -> None:

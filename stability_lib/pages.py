@@ -31,7 +31,8 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
     """Profile a model, or two, and write the page and a JSON file each into `output`; the profiles and the page.
 
     A name is what `checkpoint.locate` takes, or a JSON file that an earlier report wrote. Results of layers are kept in
-    `output` until the page is there. Raises `ProfileError`, before anything is profiled where it can.
+    `output` until the page is there; what ends before there are any leaves no file and no folder. Raises
+    `ProfileError`, before anything is profiled where it can.
     """
     from . import checkpoint  # needs the extra `pretrained`
 
@@ -43,7 +44,6 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
     texts = None if prompts is None else _lines(prompts)
     old = {name: Profile.load(name) for name in names if name.endswith(".json")}
     places = {name: checkpoint.locate(name, revision) for name in names if name not in old}
-    output.mkdir(parents=True, exist_ok=True)
     path = output / ("-against-".join(stems) + ".html")
     found, about, keep = {}, {}, output / "unfinished" / path.stem
     for name, stem in zip(names, stems, strict=True):
@@ -53,12 +53,14 @@ def report(names: list[str], output: Path, *, prompts: Path | None = None, revis
         else:
             found[name] = checkpoint.profile(places[name], texts, device=device, progress=progress, keep=keep,
                                              **settings)
+            output.mkdir(parents=True, exist_ok=True)
             told |= {"prompts": str(prompts or "the 32 of stability_lib.prompts"), "weights": _weights(places[name]),
                      "settings": ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)} | versions()
             found[name].save(output / f"{stem}.json", about=told)
         about[name] = told | {"layers": len(found[name]), "width": found[name].layers[0].width,
                               "token states": found[name].layers[0].snapshots,
                               "modes": found[name].layers[0].modes}
+    output.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(found, about))
     shutil.rmtree(keep, ignore_errors=True)
     with contextlib.suppress(OSError):  # another report is on its way
@@ -171,9 +173,9 @@ _PAGE = """<!doctype html>
 </style>
 <h1>Spectral profile: {{ profiles | join(" against ") }}</h1>
 {% for name, profile in profiles.items() %}<h2>{{ name }}</h2>
-{% if profile.layers[0].snapshots < profile.states_wanted %}<p class="warning">{{ profile.layers[0].snapshots }} token
-states for {{ profile.layers[0].modes }} modes{% if profile.layers[0].modes < profile.layers[0].width %} of
-{{ profile.layers[0].width }}{% endif %}: {% if profile.layers[0].snapshots <= profile.layers[0].modes + 1 %}they are
+{% set exact = profile.fitted_exactly %}{% set layer = exact or profile.layers[0] %}
+{% if layer.snapshots < profile.states_wanted %}<p class="warning">{{ layer.snapshots }} token states for
+{{ layer.modes }} modes{% if layer.modes < layer.width %} of {{ layer.width }}{% endif %}: {% if exact %}they are
 fitted exactly whatever the layer does, so <b>eta and all residuals are 0 and kappa means little</b>.{% else %}eta and
 the residuals look smaller than they are.{% endif %} Use {{ profile.states_wanted }} or more (more prompts, and
 --snapshots), or fewer modes (--rank).</p>{% endif %}

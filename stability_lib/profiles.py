@@ -136,6 +136,11 @@ class Profile:
         """How many token states the profile should have: four times the modes that width and rank admit."""
         return STATES_PER_MODE * min(max(layer.width for layer in self.layers), self.rank or math.inf)
 
+    @property
+    def fitted_exactly(self) -> LayerProfile | None:
+        """The first layer whose states are no more than its modes fit exactly, N <= M + 1, whatever it does."""
+        return next((layer for layer in self.layers if layer.snapshots <= layer.modes + 1), None)
+
     def verdict(self) -> str:
         """The decision flow of Fig. 7 in a line, with its reasons, what it does not cover and what it depends on; a
         second line says how many runs of chapter 04 with that verdict diverged."""
@@ -165,10 +170,10 @@ class Profile:
         elif fewest.modes < fewest.width:
             text = (f"; {fewest.snapshots} token states determine {fewest.modes} of {fewest.width} modes of "
                     f"layer {fewest.layer}")
-        exact = [layer for layer in self.layers if layer.snapshots <= layer.modes + 1]
+        exact = self.fitted_exactly
         thin = min(self.layers, key=lambda layer: layer.snapshots / layer.modes)
         if exact:
-            text += (f"; warning: {exact[0].snapshots} token states are fitted exactly by {exact[0].modes} modes, "
+            text += (f"; warning: {exact.snapshots} token states are fitted exactly by {exact.modes} modes, "
                      "whatever the layer does (eta and residuals 0, kappa without meaning): use "
                      f"{self.states_wanted} token states or more, in several batches")
         elif thin.snapshots < STATES_PER_MODE / 2 * thin.modes:

@@ -122,12 +122,16 @@ def test_an_interrupted_profile_goes_on_from_the_layers_it_has(tmp_path, call, m
     file.write_text(file.read_text() + '{"rank": nu')  # what a killed process leaves
     same(checkpoint.profile(folder, call, keep=keep), whole)
     same(checkpoint.profile(folder, call, keep=keep), whole)
-    assert analysed == [0, 1, 2, 2] and len(file.read_text().splitlines()) == 3
+    assert sorted(analysed) == [0, 1, 2, 2] and len(file.read_text().splitlines()) == 3
     checkpoint.profile(folder, call, keep=keep, rank=4)
     checkpoint.profile(folder, call["input_ids"], keep=keep)
     (folder / "config.json").touch()
     checkpoint.profile(folder, call, keep=keep)
     assert len(analysed) == 13 and len([*keep.iterdir()]) == 4  # other settings, other inputs, other files
+
+
+SIX = ["a bb ccc dddd eeeee ffffff", "ggggggg bbbbbbbb hhhhhhhhh a bb iiiiiiiiii", "bb a dddd ccc a jjjjjjjjjjj"]
+"""Prompts of six words."""
 
 
 class Words:
@@ -141,10 +145,39 @@ def test_prompts_are_padded_cut_and_no_more_than_needed():
     encoded = checkpoint.encode(Words(), ["a bb ccc", "a", "a bb ccc dd e"], 4, None)
     assert encoded["input_ids"].tolist() == [[1, 2, 3, 0], [1, 0, 0, 0], [1, 2, 3, 2]]
     assert encoded["attention_mask"].sum(1).tolist() == [3, 1, 4]
-    assert len(checkpoint.encode(Words(), ["a bb"] * 100, 64, 7)["input_ids"]) == 4
+    assert len(checkpoint.encode(Words(), [f"a {'b' * n}" for n in range(1, 100)], 64, 7)["input_ids"]) == 4
+    assert len(checkpoint.encode(Words(), ["a bb", "a", "a bb"], 64, None)["input_ids"]) == 2
     for texts, message in (([], "no prompt"), (["a", " "], "prompt 1 of 2 is empty"), ([3], "no text")):
         with pytest.raises(ProfileError, match=message):
             checkpoint.encode(Words(), texts, 64, None)
+    with pytest.raises(ProfileError, match="prompt 0 of 1 has no token that the tokenizer knows: 'abc'"):
+        checkpoint.encode(lambda *_, **__: {"input_ids": []}, ["abc"], 64, None)
+
+
+@pytest.mark.parametrize("texts, settings, message", [
+    (["a bb ccc"], {}, r"3 token states are too few for 16 modes.*pass 15 more, better 61$"),
+    (SIX[:2], {}, r"12 token states .* 16 modes.*pass 6 more, better 52, or rank=3 \(--rank 3\)$"),
+    (SIX[:2], dict(rank=11), r"12 token states .* 11 modes.*pass 1 more.*or rank=3"),
+    (SIX[:2], dict(positions="last", rank=2), r"2 token states .* 2 modes.*pass 2 more, better 6$"),
+])
+def test_texts_that_a_fit_meets_exactly_are_an_error_before_any_layer(texts, settings, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_tokenizer", lambda path: Words())
+    monkeypatch.setattr(koopman, "layer_profile", pytest.fail)
+    with pytest.raises(ProfileError, match=message):
+        checkpoint.profile(save(BUILD["llama"](), tmp_path / "model"), texts, keep=tmp_path / "keep", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_texts_that_suffice_and_few_states_that_were_asked_for_are_profiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_tokenizer", lambda path: Words())
+    folder = save(BUILD["llama"](), tmp_path)
+    assert checkpoint.profile(folder, SIX).layers[0].snapshots == 18
+    assert checkpoint.profile(folder, SIX[:2], rank=10, snapshots=None).layers[0].snapshots == 12
+    few = checkpoint.profile(folder, SIX, snapshots=9)
+    assert few.layers[0].snapshots == 9 and "warning: 9 token states are fitted exactly" in few.verdict()
+    monkeypatch.setattr(checkpoint, "PROMPTS", SIX[:1])  # as the library's prompts are for a wide model
+    few = checkpoint.profile(folder)
+    assert few.layers[0].snapshots == 6 and "use 64 token states or more, in several batches" in few.verdict()
 
 
 def test_the_librarys_prompts_are_32_short_ones():

@@ -546,7 +546,7 @@ def test_byte_pairs_are_the_same_when_learned_again(text):
 @pytest.mark.slow
 def test_byte_pairs_are_the_same_in_a_fresh_process(text):
     code = ("import sys; from conftest import data, digest; parts = tuple(bytes.fromhex(p) for p in sys.argv[1:]); "
-            f"data._parts = lambda *_: parts; t = data._byte_pairs('x', None, {PAIRS}); "
+            f"data.raw = lambda *_: parts; t = data._byte_pairs('x', None, {PAIRS}); "
             "print(digest(t.train, t.valid))")
     done = subprocess.run([sys.executable, "-c", code, SPEECH.hex(), SPEECH[:200].hex()], cwd=Path(__file__).parent,
                           env=os.environ | {"PYTHONHASHSEED": "99"}, capture_output=True, text=True, timeout=300)

@@ -201,6 +201,23 @@ def test_where_every_lr_fails_no_lr_is_stable():
     assert (row["failing_lr"], row["largest_stable_lr"]) == (1e-3, 0)
 
 
+def test_the_window_of_learning_rates_ends_where_the_loss_passes_the_margin_linear_in_log_lr():
+    """Losses 2.4, 2.0, 2.2, 2.3 at LRs a decade apart: 0.1 above the best lies a quarter of a decade below it, half of
+    one above."""
+    runs = sweep([2.4, 2.0, 2.2, 2.3], lrs=(1e-3, 1e-2, 1e-1, 1.0), size=1)
+    row = evaluate.lr_window(runs, ["size"]).iloc[0]
+    assert (row["low"], row["high"]) == pytest.approx((10**-2.25, 10**-1.5)) and row["decades"] == pytest.approx(0.75)
+    assert not row["open_low"] and not row["open_high"]
+
+
+def test_a_window_ends_with_its_grid_and_at_a_run_that_diverged():
+    row = evaluate.lr_window(sweep([2.05, 2.0, math.nan], status=["ok", "ok", "diverged"], size=1), ["size"]).iloc[0]
+    assert row["low"] == pytest.approx(1e-3) and row["open_low"] and not row["open_high"]
+    assert row["high"] == pytest.approx(10 ** (-2 + 0.1 / 2))  # it counts as its loss at init, 4.0
+    with pytest.raises(ValueError, match="more than one run per LR"):
+        evaluate.lr_window(pd.concat([sweep([2.0, 2.1, 2.2], size=1)] * 2), ["size"])
+
+
 def test_stable_lr_has_one_row_per_group_and_seed():
     runs = pd.concat([sweep([3.0, 2.0, 2.1], seed=seed, size=size) for seed in range(3) for size in (1, 2)],
                      ignore_index=True)

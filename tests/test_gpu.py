@@ -53,7 +53,7 @@ ALONE = {"gradient penalty": {"gradient_penalty": 0.01},
          "Jacobian": {"shaping": "jacobian", "shaping_every": 5},
          "Lion": {"optimizer": "lion", "lr": 1e-3}, "LAMB, SAM": {"optimizer": "lamb", "sam_rho": 0.05},
          "spectral norm": {"reparametrization": "spectral_norm"},
-         "sigma reparam": {"reparametrization": "sigma_reparam"}, "Muon": {"optimizer": "muon"},
+         "sigma reparam": {"reparametrization": "sigma_reparam"},  # not Muon, which rounds to bf16 on the way
          "QK-clip": {"qk_clip": 3.0, "qk_norm": "none"}, "norms of each other": {"qk_lr": "other_norm"},
          "weight norm": {"reparametrization": "weight_norm", "init": "pytorch"}}
 

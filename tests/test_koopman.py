@@ -779,3 +779,57 @@ def test_a_rank_above_the_modes_of_the_states_adds_no_random_directions():
     for layer in found[1:]:
         assert layer.nonlinearity == pytest.approx(found[0].nonlinearity, rel=1e-6)
         assert layer.spectral_radius == pytest.approx(found[0].spectral_radius, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, spanned", [(30, 8), (30, 29), (50, 20), (20, 50)])
+def test_fewer_states_than_dimensions_are_whitened_beyond_their_span(n, spanned):
+    """Algorithm 1 with a pseudo-inverse that knows how many directions X has; Y leaves them."""
+    rng = np.random.default_rng(n)
+    x, step = rng.normal(size=(n, spanned)) @ rng.normal(size=(spanned, 50)), rng.normal(size=(n, 50))
+    found = layer_profile(x, x + step, kreiss=False)
+    xc, yc = (s.T - s.T.mean(1, keepdims=True) for s in (x, x + step))
+    variances, axes = np.linalg.eigh(xc @ xc.T / (n - 1) + 1e-5 * np.eye(50))
+    xt, yt = (axes * variances**-0.5) @ axes.T @ xc, (axes * variances**-0.5) @ axes.T @ yc
+    a = yt @ np.linalg.pinv(xt, rtol=1e-8)
+    assert found.modes == min(n - 1, spanned)
+    assert found.nonlinearity == pytest.approx(np.linalg.norm(yt - a @ xt) / np.linalg.norm(yt - xt), abs=1e-7)
+    values = sorted(np.linalg.eigvals(a), key=abs)[-found.modes:]
+    np.testing.assert_allclose(np.sort(abs(found.eigenvalues)), np.sort(np.abs(values)), rtol=1e-6)
+
+
+def test_layers_side_by_side_have_the_numbers_of_one_at_a_time(monkeypatch):
+    threads, order = torch.get_num_threads(), []
+
+    class Kept(dict):
+        def __setitem__(self, number, layer):
+            order.append(number)
+            super().__setitem__(number, layer)
+
+    model, x = nn.Sequential(*(nn.Linear(40, 40) for _ in range(5))), torch.randn(300, 40)
+    batches = [x[:100], x[100:]]
+    alone = [profile(model, inputs, kreiss=False) for inputs in (x, batches)]
+    try:
+        torch.set_num_threads(2)
+        assert koopman._at_once(x.numel(), "cpu") == 2
+        together = [profile(model, inputs, kreiss=False, kept=Kept()) for inputs in (x, batches)]
+        assert order == [*range(5)] * 2 and torch.get_num_threads() == 2
+        bad = nn.Sequential(*model[:3], nn.Linear(40, 40, bias=False), nn.Linear(40, 40))
+        bad[3].weight.data.fill_(math.nan)
+        with pytest.raises(ProfileError, match="output of layer 3 is not finite"):
+            profile(bad, x, kept=(kept := Kept()))
+        assert [*kept] == [0, 1, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(alone, together, strict=True):
+        for before, after in zip(one.layers, other.layers, strict=True):
+            np.testing.assert_allclose(after.eigenvalues, before.eigenvalues, rtol=1e-8, atol=1e-10)
+            for metric in ("eigenvector_condition", "nonlinearity", "spectral_radius", "update_size"):
+                assert getattr(after, metric) == pytest.approx(getattr(before, metric), rel=1e-8)
+
+
+def test_as_many_layers_at_once_as_threads_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for n, width, most in ((100, 8, 4), (2048, 768, 4), (2048, 2048, 3), (2048, 4096, 1), (16384, 4096, 1)):
+        assert koopman._at_once(n * width, torch.device("cpu"), "cpu") == most
+        assert most == 1 or most * 16 * 8 * n * width <= koopman.AT_ONCE
+    assert koopman._at_once(2048 * 768, "cpu", "cuda") == koopman._at_once(2048 * 768, torch.device("mps"), "cpu") == 1

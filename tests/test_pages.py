@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from stability_lib import koopman, pages
+from stability_lib import checkpoint, koopman, pages
 from stability_lib.__main__ import main
 from stability_lib.koopman import Profile
 
@@ -101,7 +101,10 @@ def test_a_failure_leaves_the_old_page_and_the_finished_layers(folders, tmp_path
     (["profile", "--compare", "FIRST", "FIRST"], "are one: compare two models"),
     (["profile", "FIRST", "--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read"),
     (["profile", "FIRST", "--prompts", "EMPTY"], "has no text"),
-    (["profile", "FIRST", "--prompts", "SHORT"], "too few for a covariance"),
+    (["profile", "FIRST", "--prompts", "SHORT"], r"1 token states are too few for 16 modes.*pass 17 more, better 63"),
+    (["profile", "FIRST", "--prompts", "LINE"], r"14 token .* pass 4 more, better 50, or rank=3 \(--rank 3\)"),
+    (["profile", "FIRST", "--prompts", "LINE", "--rank", "13"], r"14 token states are too few for 13 modes"),
+    (["profile", "--compare", "SECOND", "FIRST", "--prompts", "LINE"], r"14 token states are too few for 16 modes"),
     (["profile", "FIRST", "--layers", "nosuch"], "unknown module 'nosuch'"),
     (["profile", "FIRST", "--rank", "0"], "rank must be a whole number of at least 1"),
     (["profile", "FIRST", "--snapshots", "1"], "snapshots must be"),
@@ -111,12 +114,23 @@ def test_a_failure_leaves_the_old_page_and_the_finished_layers(folders, tmp_path
 def test_bad_arguments_are_named_and_leave_no_page(arguments, message, folders, tmp_path, capsys):
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "short").write_text("a\n")
-    names = {"FIRST": folders[0], "EMPTY": tmp_path / "empty", "SHORT": tmp_path / "short"}
+    (tmp_path / "line").write_text("fourteen bytes")
+    names = {"FIRST": folders[0], "SECOND": folders[1], "EMPTY": tmp_path / "empty", "SHORT": tmp_path / "short",
+             "LINE": tmp_path / "line"}
     output = tmp_path / "out"
     assert main([*(str(names.get(word, word)) for word in arguments), "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
-    assert not [*output.rglob("*.html"), *output.rglob("*.json"), *output.rglob("*.tmp")]
+    assert not output.exists()
+
+
+def test_the_librarys_prompts_on_a_model_that_is_too_wide_for_them_give_a_page_that_warns(folders, tmp_path,
+                                                                                          monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "PROMPTS", ["fourteen bytes"])
+    assert main(["profile", str(folders[0]), "--output", str(tmp_path)]) == 0
+    assert "warning: 14 token states are fitted exactly by 13 modes" in capsys.readouterr().out
+    text = (tmp_path / "first.html").read_text()
+    assert "<b>eta and all residuals are 0 and kappa means little</b>" in text and "Use 64 or more" in text
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):

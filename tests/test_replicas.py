@@ -172,10 +172,11 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
               "recall_pairs": 2, "eval_sequences": 9, "batch_size": 5, "mlp_ratio": 2, "rope_base": 10.0,
               "layernorm_eps": 1e-5, "gradient_penalty": 0.1, "sam_rho": 0.1, "shaping_alpha": 2.0,
               "shaping_every": 3, "shaping_beta": 2.0, "state_size": 8, "conv_width": 2, "expansion": 1, "experts": 4,
-              "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2}
+              "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2, "attention_cap": 50.0,
+              "attention_gate": True, "qk_clip": 100.0}
     fields = {f.name for f in dataclasses.fields(RunConfig)} - {*replicas.NUMBERS}
     assert fields == {*other}
-    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300)}
+    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300), "qk_clip": dict(qk_norm="none")}
     for name, value in other.items():
         config = replace(tiny, **base.get(name, {}))
         changed = replace(config, **{name: value})

@@ -44,6 +44,9 @@ GOLDEN = {
     "router_collapse": ("ed2b84c7", "4b173471", "eb3f9c09", "7ea6cf89"),
     "near_failing": ("13afa5e0", "7e1e5c8b", "351b793e", "1994c51a"),
     "acted_on": ("018b4140", "1ff51529", "7e7e08ad", "de756283"),
+    "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
+    "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
+    "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -79,7 +82,7 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
 NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
-                   "near_failing", "acted_on")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 

@@ -1,7 +1,7 @@
 """Chapter 06, warm-up, weight decay, other optimizers and images (paper P, Figs 5, 6, E.7, E.9, E.10)."""
 
 from ..claims import Claim
-from ..config import CHOICES, RunConfig, grid, replace
+from ..config import RunConfig, grid, replace
 from ..studies import PAPER_LRS, SIZES, short, size
 
 
@@ -41,8 +41,8 @@ def other_optimizers(scale: str) -> list[RunConfig]:
     """Attention logits and qk-norm under AdamW, Lion and LAMB."""
     setting = replace(short(scale), probe_every=short(scale).steps // 10)
     lrs = _high_lrs(scale)[1::2] if scale == "gpu" else _high_lrs(scale)  # Lion and LAMB train one run at a time
-    return grid(setting, size=_two_sizes(scale)[:1], optimizer=CHOICES["optimizer"], qk_norm=["none", "head"], lr=lrs,
-                seed=[0, 1, 2])
+    return grid(setting, size=_two_sizes(scale)[:1], optimizer=["adamw", "lion", "lamb"],
+                qk_norm=["none", "head"], lr=lrs, seed=[0, 1, 2])
 
 
 def digits(scale: str) -> list[RunConfig]:

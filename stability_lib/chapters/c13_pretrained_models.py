@@ -2,7 +2,7 @@
 Figs. 3, 4.)
 
 Nothing is trained here: the chapter's numbers are profiles of layers, a row each in `data/profiles/pretrained.csv`,
-which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 13 minutes of a core).
+which `python -m stability_lib.chapters.c13_pretrained_models` completes (about 15 minutes of a core).
 
 The claims were set after a first look at SmolLM2 with 694 token states of the library's prompts: by thirds of depth M1
 .18, .25, .21, eta .17, .21, .18, kappa about 2000, rho 8.0, 3.1, 2.5 at full rank; M1 .50, .88, .44, eta .77, .80,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import __version__, data, koopman, profiles, runs, stream
 from ..claims import Claim
+from ..evaluate import capped_loss
 from ..prompts import PROMPTS
 from ..studies import check_scale
 
@@ -41,9 +42,11 @@ INIT = {"SmolLM2-135M": 1 / 24, "MiniLM": 0.02, "GPT-2 124M": 0.02}
 """Standard deviation of untrained matrices, as each model's own published config has it; the residual ones of GPT-2
 are smaller by sqrt(2 L)."""
 TOKENS, SETS = 64, 5
-"""Length of a passage, and how many disjoint sets of passages there are."""
+"""Length of a passage, and how many disjoint sets of passages, and lists of prompts, there are."""
 PASSAGES = {"SmolLM2-135M": 40, "MiniLM": 40, "GPT-2 124M": 52}
 """In a set: over four token states a dimension."""
+PROMPT_STATES = {"SmolLM2-135M": 1652, "MiniLM": 1718}
+"""Token states of the library's 32 prompts."""
 RANKS = (8, 16, 32, 64, None)
 PATH = runs.project_root() / "data" / "profiles" / "pretrained.csv"
 
@@ -52,9 +55,11 @@ PATH = runs.project_root() / "data" / "profiles" / "pretrained.csv"
 class Reading:
     """One layer's profile: of which model, on which text, by which of the choices that the paper leaves open.
 
+    `text` is `passages`, `prompts` (the library's 32), or `list` (of 32 others, see `prompt_list`).
+
     `weights` are trained, untrained (with `INIT`), `untrained, 0.02`, or 4-bit (trained, then rounded); `draw` numbers
-    the set of passages and seeds untrained weights; `rank` 0 is full; `first` tells whether the first token of a
-    passage stays in; `states` is N at most.
+    the set of passages, or the list, and seeds untrained weights; `rank` 0 is full; `first` tells whether the first
+    token of a passage stays in; `states` is N at most.
     """
 
     model: str
@@ -78,14 +83,17 @@ def readings(scale: str) -> list[Reading]:
     """All of the chapter; at scale `quick` MiniLM with some of its choices."""
     if check_scale(scale) == "quick":
         found = [*_base("MiniLM", 3), *_base("MiniLM", 3, "4-bit"), *_base("MiniLM", 3, "untrained")]
-        return found + [dataclasses.replace(reading, rank=rank) for reading in found[:18] for rank in (8, 32)]
+        by_rank = [dataclasses.replace(reading, rank=rank) for reading in found[:18] for rank in (8, 32)]
+        prompts = [dataclasses.replace(reading, text="prompts") for reading in _base("MiniLM", 1)]
+        return [*found, *by_rank, *prompts, *_lists("MiniLM", 3)]
     found = [*_base("SmolLM2-135M", SETS), *_base("SmolLM2-135M", 3, "untrained"),
              *_base("SmolLM2-135M", 1, "untrained, 0.02", every=3), *_choices("SmolLM2-135M", 3, every=3),
              *_base("MiniLM", SETS), *_base("MiniLM", SETS, "untrained"), *_base("MiniLM", SETS, "4-bit"),
              *_choices("MiniLM", 3)]
     by_states = [dataclasses.replace(reading, states=n) for reading in _base("SmolLM2-135M", SETS)
                  if reading.layer in (4, 14, 24) for n in (640, 864, 1152, 1728)]
-    return list(dict.fromkeys([*found, *by_states, *_base("GPT-2 124M", 3, "untrained")]))
+    lists = [*_lists("SmolLM2-135M", SETS, every=3), *_lists("MiniLM", SETS)]
+    return list(dict.fromkeys([*found, *by_states, *_base("GPT-2 124M", 3, "untrained"), *lists]))
 
 
 def _base(model: str, draws: int, weights: str = "trained", every: int = 1) -> list[Reading]:
@@ -95,7 +103,7 @@ def _base(model: str, draws: int, weights: str = "trained", every: int = 1) -> l
 
 def _choices(model: str, draws: int, every: int = 1) -> list[Reading]:
     """The scan: rank, first token and centring together; eps; prompts against as many states of passages."""
-    base, prompts = _base(model, draws, every=every), {"SmolLM2-135M": 1652, "MiniLM": 1718}[model]
+    base, prompts = _base(model, draws, every=every), PROMPT_STATES[model]
     scan = [dataclasses.replace(reading, rank=rank or 0, first=first, centred=centred) for reading in base
             for rank, first, centred in itertools.product(RANKS, (True, False), (True, False))]
     return [*scan, *(dataclasses.replace(reading, eps=eps) for reading in base for eps in (1e-3, 1e-1, 10.0)),
@@ -103,12 +111,28 @@ def _choices(model: str, draws: int, every: int = 1) -> list[Reading]:
             *(dataclasses.replace(reading, text="prompts") for reading in base if reading.draw == 0)]
 
 
+def _lists(model: str, draws: int, every: int = 1) -> list[Reading]:
+    """Of lists of prompts, with as many states as the library's list has."""
+    return [dataclasses.replace(reading, text="list", states=PROMPT_STATES[model])
+            for reading in _base(model, draws, every=every)]
+
+
 def passages(draw: int, n: int) -> list[str]:
     """A set of `n` pieces of Shakespeare's works, from the beginning of a line, spread over the works; of one size,
     sets with other numbers share none."""
-    works, count = data._shakespeare()[0].decode("utf-8", "ignore"), SETS * n
+    works, count = data.raw("shakespeare")[0].decode("utf-8", "ignore"), SETS * n
     starts = (works.index("\n", i * len(works) // count) + 1 for i in range(draw, count, SETS))
     return [works[start:start + 600] for start in starts]
+
+
+def prompt_list(draw: int) -> list[str]:
+    """A list of as many prompts as the library's, whole speeches of 230 to 330 characters from Shakespeare's works, a
+    text that the library's are not from; five lists share none."""
+    parts = (part.split("\n", 1) for part in data.raw("shakespeare")[0].decode("utf-8", "ignore").split("\n\n"))
+    spoken = (" ".join(part[1].split()) for part in parts if len(part) == 2 and part[0].endswith("."))
+    speeches = list(dict.fromkeys(text for text in spoken if 230 <= len(text) <= 330))
+    count = SETS * len(PROMPTS)
+    return [speeches[i * len(speeches) // count] for i in range(draw, count, SETS)]
 
 
 def measure(wanted: Iterable[Reading]) -> pd.DataFrame:
@@ -144,7 +168,8 @@ def states(model: str, weights: str, draw: int, text: str) -> tuple[list[Tensor]
     first [N]."""
     from .. import checkpoint  # needs the extra `pretrained`
 
-    texts = PROMPTS if text == "prompts" else passages(draw, PASSAGES[model])
+    texts = {"prompts": lambda: PROMPTS, "list": lambda: prompt_list(draw),
+             "passages": lambda: passages(draw, PASSAGES[model])}[text]()
     inputs = checkpoint.encode(_packaged("AutoTokenizer", "SmolLM2-135M" if model in GPT2 else model), texts, TOKENS,
                                None)
     network, found = build(model, weights, draw), []
@@ -233,6 +258,27 @@ def table(scale: str, recompute: str = "missing") -> pd.DataFrame:
         seed=found["draw"], depth=found["layer"] / (layers - 1),
         third=(3 * found["layer"] // layers).map(dict(enumerate(("early", "middle", "late")))),
         log_kappa=np.log10(found["eigenvector_condition"]), log_rho=np.log10(found["spectral_radius"]))
+
+
+OWN = {"ViT, Pre-LN": ("vision", dict(norm="pre_ln")), "ViT, RMSNorm": ("vision", dict(norm="rmsnorm")),
+       "recall, no norms": ("kss_learning", dict(norm="no_norm"))}
+"""Models trained for chapters 12 (digits of MNIST) and 05 (recall, which they learn); without shaping and clipping."""
+
+
+def own_models() -> pd.DataFrame:
+    """Profiles, at the last step and at the first, of models that this project trained, whose runs kept them: a row a
+    model and seed, at the learning rate of the lowest mean final loss, as columns `near_unit_mass`, `nonlinearity`, and
+    `..._at_start`; from the reference of scale `cpu`, whatever the scale."""
+    found = []
+    for name, (study, chosen) in OWN.items():
+        rows = runs.frame(list(runs.load(runs.locate(study, "cpu")).values()))
+        rows = rows[(rows[[*chosen]] == pd.Series(chosen)).all(axis=1) & (rows["shaping"] == "none")
+                    & rows["clip_norm"].isna()]
+        rows = rows[rows["lr"] == capped_loss(rows).groupby(rows["lr"]).mean().idxmin()]
+        found.append(rows[["seed", "lr", "n_params", "accuracy_final"]].assign(model=name, **{
+            metric + suffix: runs.reading(rows, metric, at) for metric in ("near_unit_mass", "nonlinearity")
+            for suffix, at in (("", -1), ("_at_start", 0))}))
+    return pd.concat(found, ignore_index=True)
 
 
 def main() -> None:
