@@ -21,12 +21,13 @@ from .evaluate import extrapolate, geometric_mean, mean
 from .runs import curve
 
 LINE = {"none": "--", "head": "-", "model": ":", "neither": "--", "z-loss": "-", "weight decay": ":",
-        "without KSS": "--", "with KSS": "-"}
+        "stronger z-loss": "-.", "without KSS": "--", "with KSS": "-"}
 """Line style by qk-norm, by what holds the output logits, by KSS: dashed without."""
 QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
 PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
                          "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
-CURES = dict(zip(("neither", "z-loss", "weight decay"), sns.color_palette("dark"), strict=False))
+CURES = {name: sns.color_palette("dark")[i] for name, i in (("neither", 0), ("z-loss", 1), ("weight decay", 2),
+                                                            ("stronger z-loss", 4))}
 """A colour by what holds the output logits, the same in every figure."""
 
 _END = "line end"
