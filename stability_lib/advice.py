@@ -15,7 +15,9 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from . import batch, claims, evaluate, models, plotting, runs, studies
+from . import batch, claims, evaluate, models, plotting, runs, signals, studies
+from .chapters import c16_early_warning as c16
+from .chapters import c17_later_remedies as c17
 from .chapters.c05_kss_divergence import control_name
 from .chapters.c11_language_models import LADDER
 from .config import RunConfig, replace, unknown
@@ -283,10 +285,29 @@ def collapsed(load_balance: float) -> str:
     return _count(peaks > 0.5)
 
 
+def less_sensitive(arm: str) -> str:
+    """LR sensitivity under a later remedy minus that under none (chapter 17)."""
+    tried = _committed("later_remedies")
+    tried = tried.assign(arm=[c17.arm(run) for run in tried.to_dict("records")])
+    found = evaluate.lr_sensitivity(tried[tried["lr"] >= 1e-2], ["arm"])
+    return _estimate(evaluate.difference(found, "lr_sensitivity", "arm", arm, c17.NONE, ["seed"]), "nats")
+
+
+def warned_in_time(logit: float) -> str:
+    """How many runs that fail, on text and without qk-norm, an alarm at this largest attention logit warns in time
+    (chapter 16)."""
+    near = _committed("near_failing")
+    about, series = c16.about(near), signals.series(near)
+    text = about[(about["task"] == "P") & ~about["name"].str.contains("qk-norm")]
+    judged = signals.judge(series[series["signal"] == "attention_logit_max"], text, logit)
+    return _count(judged["lead"].dropna() >= c16.TIME_TO_ACT)
+
+
 def _count(failed: pd.Series) -> str:
     share = evaluate.proportion(int(failed.sum()), len(failed))
     return f"{failed.sum()} of {len(failed)} [{share.low:.0%}, {share.high:.0%}]"
 
 
 NUMBERS = (claim, chapter, limit, passes_after, forced, best_loss_with_qk_norm, kept_lr, eps_over_gradient, eps_costs,
-           diverged, gains, recall, language_diverged, perplexity, collapsed)
+           diverged, gains, recall, language_diverged, perplexity, collapsed,
+           less_sensitive, warned_in_time)

@@ -45,6 +45,10 @@ SYNTHETIC_IDS, SYNTHETIC_RUN = 10, (5, 15)
 SOURCES = (*TEXTS, *MADE_UP, *IMAGES)
 """The values of `data` that are names; any other is the path of a user's own text."""
 
+SIGNALS = ("loss_spike", "gradient_norm", "gradient_cusum", "attention_logit_max", "logit_growth", "attention_collapse",
+           "output_kurtosis", "kurtosis_jump", "update_rms", "log_z")
+"""What an alarm can be on, see `signals.derive`."""
+
 CHOICES = {
     "norm": ("pre_ln", "rmsnorm", "post_ln", "deepnorm", "deepnorm_pre", "subln", "no_norm"),
     "positions": ("rotary", "learned"),
@@ -68,10 +72,12 @@ CHOICES = {
     "shaping_dmd": ("pod", "random", "whitened"),
     "shaping_gradient": ("both", "input", "output"),
     "shaping_reduction": ("sum", "mean"),
+    "alarm": ("none", "step", *SIGNALS),
+    "on_alarm": ("halve_lr", "qk_clip", "roll_back"),
 }
 _MAY_BE_ZERO = {"seed", "warmup_steps", "weight_decay", "z_loss", "lr_final", "n_layers",
                 "probe_every", "attention_maps", "beta1", "beta2", "spectra_every", "gradient_penalty", "sam_rho",
-                "shaping_alpha", "shaping_beta", "load_balance"}
+                "shaping_alpha", "shaping_beta", "load_balance", "signals_every", "sharpness_every", "alarm_above"}
 _AT_MOST = {"d_model": 2**20, "base_width": 2**20, "n_layers": 10_000, "steps": 10**8, "lr": 1e30,
             "weight_decay": 100.0, "spline_order": 20, "state_size": 2**16, "conv_width": 2**16, "expansion": 2**16}
 """Beyond it a run takes years, or a product of these leaves the range of fp32."""
@@ -234,6 +240,21 @@ class RunConfig:
     """Whether they search the Kreiss constants, which takes longer than all the rest of a profile."""
     attention_maps: int = 0
     """How many snapshots of one attention pattern (block 0, head 0) to keep over the run."""
+    signals_every: int = 0
+    """Steps between readings of the early-warning signals, each reduced to one number (`signals.reduced`); 0: none."""
+    sharpness_every: int = 0
+    """Steps between readings of AdamW's preconditioned sharpness on the batch (`probes.sharpness`); 0: none."""
+
+    # an alarm in training, see `train.Single.watch`
+    alarm: str = "none"
+    """What is held against `alarm_above` whenever the signals are read: one of `SIGNALS`, after its first few readings;
+    or the `step` itself, a blind action at a fixed time."""
+    alarm_above: float = 0.0
+    on_alarm: str = "halve_lr"
+    """What is done, once, after the step in which the reading first passed. `halve_lr`: half the LR from then on.
+    `qk_clip`: the QK-clip at the threshold `qk_clip` begins. `roll_back`: weights and optimizer state of `roll_back_by`
+    steps before, then on with the next batches, the schedule as it is, and half the LR."""
+    roll_back_by: int = 20
 
     def __post_init__(self):
         for name, kind in _field_types().items():
@@ -300,6 +321,31 @@ class RunConfig:
         if not self.causal and (side**2 != self.seq_len or side % self.patch_size):
             raise ValueError(f"seq_len {self.seq_len} pixels are no square image in patches of {self.patch_size} x "
                              f"{self.patch_size}: choose a seq_len that is the square of a multiple of patch_size")
+
+        self._check_readings()
+
+    def _check_readings(self) -> None:
+        attention = ("attention_logit_max", "logit_growth", "attention_collapse")
+        plain = dict(sam_rho=0.0, qk_lr="own")
+        for what, needs in (("sharpness_every", plain | dict(optimizer="adamw", parametrization="standard")),
+                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none"))):
+            used = {"sharpness_every": self.sharpness_every > 0,
+                    "on_alarm": self.alarm != "none" and self.on_alarm == "roll_back"}[what]
+            for name, value in needs.items() if used else ():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{what} {getattr(self, what)!r} is worked out for AdamW's own state alone: "
+                                     f"choose {name} {value!r}, or leave {what} out")
+        if self.alarm == "none":
+            return
+        if not self.signals_every and self.alarm != "step":
+            raise ValueError(f"alarm {self.alarm!r} is held against readings: choose signals_every 1 or more")
+        if self.alarm in attention and (self.mixer != "attention" or not self.n_layers
+                                        or (self.alarm == "attention_collapse" and self.attention != "softmax")):
+            raise ValueError(f"alarm {self.alarm!r} needs softmax attention to read: choose another alarm")
+        if self.alarm in ("output_kurtosis", "kurtosis_jump") and not self.n_layers:
+            raise ValueError(f"alarm {self.alarm!r} needs blocks to read: choose another alarm, or n_layers 1 or more")
+        if self.on_alarm == "qk_clip" and self.qk_clip is None:
+            raise ValueError("on_alarm 'qk_clip' needs a threshold to clip at: choose qk_clip 100, or another on_alarm")
 
     def _check_remedies(self) -> None:
         """Remedies that came after the papers need what they act on."""

@@ -55,6 +55,20 @@ def resampled(value: float, draws: Iterable[float], n: int) -> Estimate:
     return estimate(value, n, lambda level: np.percentile(draws, [50 - 50 * level, 50 + 50 * level]))
 
 
+def bootstrap(statistic: Callable[..., float], *columns: Iterable[float], resamples: int = 1000,
+              seed: int = 0) -> Estimate:
+    """A statistic of columns that hold a number a run each, with the percentile bootstrap's interval: runs are
+    resampled whole. Raises `ValueError` for fewer than two runs and for NaN."""
+    columns = [np.asarray(list(column), dtype=float) for column in columns]
+    for column in columns:
+        _reject_nan(column)
+    if len(columns[0]) < 2:
+        raise ValueError("a bootstrap needs two runs or more: estimate nothing from one")
+    found = stats.bootstrap(columns, statistic, paired=True, vectorized=False, n_resamples=resamples,
+                            method="percentile", rng=seed)
+    return resampled(statistic(*columns), found.bootstrap_distribution, len(columns[0]))
+
+
 def mean(values: Iterable[float]) -> Estimate:
     """Mean with Student's t interval; with one value the interval is unbounded."""
     x = np.asarray(list(values), dtype=float)

@@ -247,10 +247,8 @@ class StabilityMonitor:
             states = stream_states(output)
             if states is not None:
                 states = states.detach().float()
-                centred = states - states.mean()
                 self._found[f"output_rms/{layer}"].append(probes.rms(states))
-                self._found[f"output_kurtosis/{layer}"].append(
-                    (centred / probes.rms(centred).clamp_min(1e-30)).pow(4).mean())
+                self._found[f"output_kurtosis/{layer}"].append(probes.kurtosis(states))
         return hook
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,8 @@ def watch(model: nn.Module) -> Iterator[Readings]:
 
     Per block: `attention_logit_max` (over batch, heads and visible pairs, before a soft cap), `attention_entropy`
     (nats, mean over queries, of the weights after it; softmax attention only), `q_rms`, `k_rms`, `qk_cosine` (mean over
-    visible pairs), `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`. Of a mixture of experts also
+    visible pairs), `qk_cosine_at_max` (of the pair with the largest logit), `output_rms`,
+    `output_kurtosis`. Of a mixture of experts also
     `router_entropy` (nats, mean over tokens, of the softmax over all experts), `expert_load_max`, the largest share of
     an expert of all tokens' choices (1 / experts where even, 1 / top_k where all tokens choose alike), and
     `experts_used`, the share of the experts that any token chose. For the head: `logit_mean` (over tokens and
@@ -121,6 +123,53 @@ def updates(model: nn.Module) -> Iterator[Readings]:
     readings.update(rms_of("update_rms", {name: after[name] - before[name] for name in before}))
 
 
+def sharpness(loss: Callable[[], Tensor], weights: list[Tensor], precondition: list[Tensor],
+              start: Tensor | None = None, iterations: int = 5) -> tuple[float, Tensor]:
+    """About the largest eigenvalue of P^-1 H, H the Hessian of `loss` in the weights and P the diagonal `precondition`,
+    by Lanczos on P^-1/2 H P^-1/2, and its vector, flat, to `start` from the next time. Without a start it begins from
+    fixed random numbers and takes twice the `iterations`.
+
+    A few iterations give a lower bound, the closer the further the eigenvalue is from the next. For AdamW P is
+    `adam_preconditioner`, and its step turns unstable at (2 + 2 beta1) / ((1 - beta1) lr) = 38 / lr (Cohen et al. 2022,
+    arXiv 2207.14484, eq. 3).
+    """
+    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), weights, create_graph=True)])
+    root = torch.cat([p.flatten() for p in precondition]).rsqrt()
+    if start is None:
+        iterations *= 2
+        start = torch.randn(len(root), generator=torch.Generator().manual_seed(0)).to(root)
+    basis, diagonal, beside = [start / start.norm()], [], []
+    for _ in range(iterations):
+        product = torch.autograd.grad(gradients, weights, root * basis[-1], retain_graph=True)
+        w = root * torch.cat([part.flatten() for part in product])
+        diagonal.append(w @ basis[-1])
+        span = torch.stack(basis)
+        for _ in range(2):  # against all earlier ones, twice: rounding would bring them back
+            w = w - span.T @ (span @ w)
+        beside.append(w.norm())
+        if not beside[-1] > 1e-6 * diagonal[0].abs():
+            break
+        basis.append(w / beside[-1])
+    diagonal, beside = torch.stack(diagonal).double().cpu(), torch.stack(beside[:len(diagonal) - 1] or [w.norm()])
+    n = len(diagonal)
+    if not bool(torch.isfinite(diagonal).all()):
+        return math.inf, torch.ones_like(root)
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal.numpy(), beside.double().cpu().numpy()[:n - 1])
+    ritz = torch.as_tensor(vectors[:, -1]).to(root) @ torch.stack(basis[:n])
+    return float(values[-1]), ritz
+
+
+def adam_preconditioner(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> list[Tensor]:
+    """P of AdamW after its latest step t: (1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps), as its step is lr P^-1 m."""
+    group_of = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+    found = []
+    for weight in weights:
+        group, state = group_of[id(weight)], optimizer.state[weight]
+        (beta1, beta2), t = group["betas"], float(state["step"])
+        found.append((1 - beta1**t) * ((state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]))
+    return found
+
+
 def fetch(readings: Readings) -> dict[str, float]:
     """The readings as floats, in one transfer from the device."""
     values = torch.stack([value.float() for value in readings.values()]).tolist() if readings else []
@@ -188,6 +237,7 @@ def _read_output(readings: Readings, block: str):
     @torch.no_grad()
     def hook(module, inputs, output):
         readings[f"output_rms/{block}"] = rms(output.detach().float())
+        readings[f"output_kurtosis/{block}"] = kurtosis(output.detach().float())
     return hook
 
 
@@ -204,6 +254,12 @@ def _read_router(readings: Readings, block: str):
 
 def rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """The fourth standardised moment of all numbers in x, 3 of a Gaussian."""
+    centred = x - x.mean()
+    return (centred / rms(centred).clamp_min(1e-30)).pow(4).mean()
 
 
 def _read_head(readings: Readings):

@@ -26,7 +26,8 @@ NUMBERS = {"seed": 0, "lr": 1e-9, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0
            "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
 """In what replicas may differ, with a value that stands for all; also in `z_loss`, where all have one or none has."""
 ALONE = {"optimizer": "adamw", "sam_rho": 0.0, "gradient_penalty": 0.0, "shaping": "none", "spectra_every": 0,
-         "reparametrization": "none", "mixer": "attention", "mlp": "gelu", "qk_clip": None, "qk_lr": "own"}
+         "reparametrization": "none", "mixer": "attention", "mlp": "gelu", "qk_clip": None, "qk_lr": "own",
+         "sharpness_every": 0, "alarm": "none"}
 """A run with another value than these trains by itself."""
 LIMIT = 180.0
 """Seconds a batch of replicas may take, by an estimate: a killed process loses no more than that."""
@@ -210,6 +211,7 @@ def operations(config: RunConfig) -> float:
     times *= 1.7 if config.reparametrization != "none" else 1
     times *= 1.9 if config.optimizer == "muon" else 1
     times *= 1.1 if config.qk_clip is not None else 1
+    times += 12 / config.sharpness_every if config.sharpness_every else 0
     return times * (144 * config.n_layers + 90)
 
 
@@ -318,10 +320,16 @@ class Replicas:
         self._weights_RxP = self._weights_RxP.detach()[going].requires_grad_()
         self._weights_RxP.grad = gradient_RxP
 
+    def after(self, step: int, batch: Tensor) -> None:
+        """Replicas neither read sharpness nor act on alarms."""
+
+    def lr_factor(self, step: int) -> list[float]:
+        return [optim.schedule(run.config, step) for run in self.runs]
+
     @torch.no_grad()
     def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
         """AdamW as torch computes it, with LR, betas, eps and decay of each replica and parameter group."""
-        factor_Rx1 = _host_column([optim.schedule(run.config, step) for run in self.runs])
+        factor_Rx1 = _host_column(self.lr_factor(step))
         beta1, beta2, eps = (_host_column([getattr(run.config, name) for run in self.runs])
                              for name in ("beta1", "beta2", "eps"))
         peak_RxG, decay_RxG = torch.tensor(self._groups, dtype=torch.float64).unbind(-1)

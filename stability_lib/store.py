@@ -136,7 +136,9 @@ _PROVENANCE = {"seconds": _NUMBER, "device": {str}, "date": {str}, "stability_li
 
 def steps_of(quantity: str) -> str:
     """The name of the curve that holds a curve's steps."""
-    return "step" if quantity in DENSE else "spectra_step" if quantity.split("/")[0] in SPECTRA else "probe_step"
+    kind = quantity.split("/")[0]
+    own = {"signal": "signal_step", "sharpness": "sharpness_step"}
+    return "step" if quantity in DENSE else "spectra_step" if kind in SPECTRA else own.get(kind, "probe_step")
 
 
 def check_row(row: dict) -> None:

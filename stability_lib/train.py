@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data, koopman, models, moe, optim, probes, projections, shaping
-from .config import RunConfig, unknown
+from . import data, koopman, models, moe, optim, probes, projections, response, shaping, signals
+from .config import RunConfig, replace, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPECTRA = tuple(metric for metric in koopman.METRICS if metric != "kreiss")
@@ -37,9 +37,11 @@ class RunResult:
     token on the fixed validation set (`loss_final` is NaN where the loss was not finite), `accuracy_final` the share
     of tokens predicted right there. `curves` holds equally long lists per quantity: `step`, `loss`, `gradient_norm`
     (before clipping) at every step, of shaped runs also `penalty` and `skipped_layers` (so far), at each of
-    `probe_step` all readings of `probes`, and at each of `spectra_step` those of `SPECTRA`. `patterns` holds the
-    attention maps asked for, one [T][T] list each, taken at `pattern_step`. `replicas` says how many
-    runs trained together, and `seconds` is the run's share of the time.
+    `probe_step` all readings of `probes`, at each of `spectra_step` those of `SPECTRA`, at each of `signal_step` the
+    loss, the gradient norm and what `signals.reduced` makes of the probes' readings, as `signal/<name>`, at each of
+    `sharpness_step` the `sharpness`, in units of where AdamW turns unstable, and as `alarm_step` the step after which
+    the run acted on its alarm, if it did. `patterns` holds the attention maps asked for, one [T][T] list each, taken at
+    `pattern_step`. `replicas` says how many runs trained together, and `seconds` is the run's share of the time.
     """
 
     config: RunConfig
@@ -234,6 +236,8 @@ class Single:
         self.model = models.build(config, vocab).to(device)
         self.optimizer = optim.build(self.model, config)
         self.kss = shaping.attach(self.model, config)
+        self.response = response.attach(self.model, self.optimizer, config)
+        self._sharpest: Tensor | None = None
 
     def draw(self) -> Tensor:
         """The next training batch."""
@@ -254,7 +258,7 @@ class Single:
     def _losses(self, batch: Tensor, probe: bool = False) -> tuple[Tensor, Tensor, probes.Readings]:
         config = self.config
         kernel = sdpa_kernel(SDPBackend.MATH) if config.gradient_penalty else contextlib.nullcontext()
-        heads = probes.watch_heads(self.model) if config.qk_clip is not None else contextlib.nullcontext()
+        heads = probes.watch_heads(self.model) if self.clips else contextlib.nullcontext()
         with kernel, heads as self.head_maxima:  # the fused ones cannot be differentiated twice
             loss, objective, readings = losses(self.model, batch, config, config.z_loss, self.device, probe)
         if config.gradient_penalty:
@@ -283,16 +287,46 @@ class Single:
         """Train on with these of the runs; the others keep the weights they have."""
         self.runs = [self.runs[i] for i in going]
 
+    @property
+    def clips(self) -> bool:
+        """Whether this step is followed by QK-clip."""
+        return self.config.qk_clip is not None and (self.response is None or self.response.clipping)
+
+    def lr_factor(self, step: int) -> list[float]:
+        """What the peak learning rate is multiplied with at a step."""
+        return [optim.schedule(self.config, step) * (self.response.lr_factor if self.response else 1.0)]
+
     def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
-        optim.set_lr(self.optimizer, optim.schedule(self.config, step))
+        optim.set_lr(self.optimizer, self.lr_factor(step)[0])
+        if self.response:
+            self.response.keep()
         with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:
             self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
-        if self.config.qk_clip is not None:
+        if self.clips:
             clipped = projections.clip(self.model, self.head_maxima, self.config.qk_clip)
             moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))))
         if self.kss:
             self.kss.step()
         return _with_axis(moved)
+
+    def after(self, step: int, batch: Tensor) -> None:
+        """What one run by itself reads and does once a step is taken."""
+        config, curves = self.config, self.runs[0].curves
+        if due(config, step, config.sharpness_every):
+            edge = (1 - config.beta1) / (2 + 2 * config.beta1) * config.lr * self.lr_factor(step)[0]
+            self.runs[0].record(sharpness_step=step, sharpness=edge * self._sharpness(batch[0]))
+        if self.response and (config.alarm == "step" or due(config, step, config.signals_every)):
+            self.response.judge(step, curves)
+
+    def _sharpness(self, batch: Tensor) -> float:
+        """Of the objective on the batch, without penalties on layers; each time from where the last one ended."""
+        weights, plain = [*self.model.parameters()], replace(self.config, precision="fp32")
+        precondition = probes.adam_preconditioner(self.optimizer, weights)
+        with sdpa_kernel(SDPBackend.MATH), _eval_mode(self.model):  # the fused ones cannot be differentiated twice
+            value, self._sharpest = probes.sharpness(
+                lambda: losses(self.model, batch, plain, plain.z_loss, self.device, False)[1], weights, precondition,
+                self._sharpest)
+        return value
 
     def _climb(self, batch: Tensor) -> None:
         """The gradient at SAM's second point, clipped as the first."""
@@ -340,8 +374,9 @@ def _result(run: Run, at_start: tuple, at_end: tuple, seconds: float, replicas: 
 
 def take_step(learner, step: int, batch: Tensor) -> None:
     """One step of training with all that is recorded of it. Runs that blow up end here, before an update."""
-    probe = due(learner.config, step, learner.config.probe_every)
-    loss_R, objective_R, readings = learner.losses(step, batch, probe)
+    config = learner.config
+    probe, signal = due(config, step, config.probe_every), due(config, step, config.signals_every)
+    loss_R, objective_R, readings = learner.losses(step, batch, probe or signal)
     learner.backward(objective_R)
     if probe:
         readings |= learner.read_weights()
@@ -355,11 +390,25 @@ def take_step(learner, step: int, batch: Tensor) -> None:
         batch, readings = batch[going], {name: value[going] for name, value in readings.items()}
     if not going:
         return
-    moved = learner.update(step, batch, probe)
-    if probe:
+    factors = learner.lr_factor(step)
+    moved = learner.update(step, batch, probe or signal)
+    if probe or signal:
         found = probes.fetch(readings | moved)
         for i, run in enumerate(learner.runs):
-            run.record(probe_step=step, **{name: values[i] for name, values in found.items()})
+            of_run = {name: values[i] for name, values in found.items()}
+            if probe:
+                run.record(probe_step=step, **of_run)
+            if signal:
+                _record_signals(run, step, of_run, factors[i])
+    learner.after(step, batch)
+
+
+def _record_signals(run: Run, step: int, readings: dict[str, float], lr_factor: float) -> None:
+    config = run.config
+    visible = np.arange(1, config.length + 1) if config.causal else np.full(1, config.length)
+    found = signals.reduced(readings, config.lr * lr_factor, float(np.log(visible).mean()))
+    now = {name: run.curves[name][-1] for name in ("loss", "gradient_norm")}
+    run.record(signal_step=step, **{f"signal/{name}": value for name, value in (now | found).items()})
 
 
 def losses(model: nn.Module, batch: Tensor, config: RunConfig, z_loss: float | Tensor, device: str,

@@ -578,3 +578,14 @@ def test_no_rank_correlation_of_few_or_equal_values(x, y):
 def test_a_rank_correlation_refuses_what_does_not_pair_up(y):
     with pytest.raises(ValueError, match="leave such pairs out"):
         evaluate.rank_correlation([1, 2, 3, 4], y)
+
+
+def test_a_bootstrap_resamples_runs_whole():
+    counts, steps = np.array([0, 2, 0, 4]), np.array([100.0, 200, 100, 200])
+    found = evaluate.bootstrap(lambda a, b: a.sum() / b.sum(), counts, steps)
+    assert found.value == 0.01 and found.n == 4
+    assert found.low == 0 and 0.01 < found.high <= 0.02  # no resample has more alarms a step than the worst run
+    assert evaluate.bootstrap(np.median, [1, 1, 1]).high == 1
+    for too_few in ([3.0], [1.0, np.nan]):
+        with pytest.raises(ValueError):
+            evaluate.bootstrap(np.median, too_few)

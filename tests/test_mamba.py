@@ -327,4 +327,5 @@ def test_the_probes_watch_a_state_space():
     model = models.build(CONFIG, 32)
     with probes.watch(model) as readings:
         model(torch.zeros(1, 12, dtype=torch.long))
-    assert set(readings) == {"output_rms/block0", "output_rms/block1", "logit_mean", "log_z"}
+    by_block = {f"output_{what}/block{i}" for what in ("rms", "kurtosis") for i in range(2)}
+    assert set(readings) == by_block | {"logit_mean", "log_z"}

@@ -232,7 +232,8 @@ def test_probes_of_our_own_models_say_the_same(tiny):
     for i in range(2):
         for name in ("attention_logit_max", "attention_entropy"):
             assert row[f"{name}/blocks.{i}.attention.core"] == pytest.approx(watched[f"{name}/block{i}"], rel=1e-5)
-        assert row[f"output_rms/blocks.{i}"] == pytest.approx(watched[f"output_rms/block{i}"], rel=1e-6)
+        for name in ("output_rms", "output_kurtosis"):
+            assert row[f"{name}/blocks.{i}"] == pytest.approx(watched[f"{name}/block{i}"], rel=1e-6)
     assert [row[name] for name in ("log_z", "logit_mean")] == pytest.approx(
         [watched["log_z"], watched["logit_mean"]], rel=1e-5)
 

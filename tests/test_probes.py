@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +99,9 @@ def test_readings_of_a_forward_pass_are_those_of_brute_force(tiny, changes):
                 "log_z": float(logits.detach().double().exp().sum(-1).log().mean())}
     for i, block in enumerate(model.blocks):
         found = brute_force(*queries_and_keys(block, values[i], config), config)
-        found["output_rms"] = math.sqrt(float(values[i + 1].detach().double().square().mean()))
+        output = values[i + 1].detach().double()
+        found["output_rms"] = math.sqrt(float(output.square().mean()))
+        found["output_kurtosis"] = scipy.stats.kurtosis(output.flatten().numpy(), fisher=False)
         expected |= {f"{name}/block{i}": value for name, value in found.items()}
     assert probes.fetch(readings) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
@@ -372,7 +375,7 @@ def test_every_reading_of_a_run_is_a_number_at_every_probed_step(tiny):
     assert curves["probe_step"] == [0, 2, 4, 5]
     read = {name: values for name, values in curves.items() if name not in ("step", "loss", "gradient_norm")}
     per_block = {"attention_logit_max", "attention_entropy", "q_rms", "k_rms", "qk_cosine", "qk_cosine_at_max",
-                 "output_rms"}
+                 "output_rms", "output_kurtosis"}
     weights = models.build(config, V).named_weights()
     assert read.keys() == {"probe_step", "logit_mean", "log_z",
                            *(f"{name}/block{i}" for name in per_block for i in range(config.n_layers)),

@@ -173,10 +173,12 @@ def test_what_shapes_the_computation_is_never_batched(tiny):
               "layernorm_eps": 1e-5, "gradient_penalty": 0.1, "sam_rho": 0.1, "shaping_alpha": 2.0,
               "shaping_every": 3, "shaping_beta": 2.0, "state_size": 8, "conv_width": 2, "expansion": 1, "experts": 4,
               "top_k": 1, "load_balance": 0.0, "grid_size": 8, "spline_order": 2, "attention_cap": 50.0,
-              "attention_gate": True, "qk_clip": 100.0}
+              "attention_gate": True, "qk_clip": 100.0, "signals_every": 2, "sharpness_every": 3, "alarm_above": 2.0,
+              "roll_back_by": 5}
     fields = {f.name for f in dataclasses.fields(RunConfig)} - {*replicas.NUMBERS}
     assert fields == {*other}
-    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300), "qk_clip": dict(qk_norm="none")}
+    base = {"data_digest": dict(data="text.txt"), "tokenizer": dict(vocab_size=300), "qk_clip": dict(qk_norm="none"),
+            "alarm": dict(signals_every=1)}
     for name, value in other.items():
         config = replace(tiny, **base.get(name, {}))
         changed = replace(config, **{name: value})

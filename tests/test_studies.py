@@ -48,6 +48,8 @@ GOLDEN = {
     "remedies_of_both": ("fc3da914", "e4d63a33", "242c120d", "4607ce3a"),
     "norm_placements": ("68868249", "8a52d55a", "988c7340", "64f6b548"),
     "profiles_at_start": ("7e51a082", "4dd3fdbf", "698306a1", "ca1632dd"),
+    "near_failing": ("13afa5e0", "7e1e5c8b", "351b793e", "1994c51a"),
+    "acted_on": ("018b4140", "1ff51529", "7e7e08ad", "de756283"),
     "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
     "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
     "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
@@ -87,7 +89,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "later_remedies", "remedy_cost", "later_remedies_smaller")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
