@@ -87,7 +87,7 @@ def row(build, width: int, steps: int) -> str:
 
 def main() -> None:
     quick = "--quick" in sys.argv
-    widths, steps = ((64, 128), 50) if quick else ((128, 256, 512), 100)
+    widths, steps = ((64,), 50) if quick else ((64, 128, 256), 100)
     text = "\n".join([
         "# What the monitor adds to training", "",
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}. "
