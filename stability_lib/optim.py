@@ -58,7 +58,7 @@ def _group(parameters: list, multiplier: float, config: RunConfig) -> dict:
 
 
 def _decay(config: RunConfig, multiplier: float, scale: float = 1.0) -> float:
-    """The optimizer's decay, by which it multiplies its LR: `config.lr` times `multiplier` times `scale` at the peak."""
+    """What an optimizer is to decay by, whose LR is at its peak `config.lr` times `multiplier` times `scale`."""
     peak = config.lr * multiplier * scale
     return config.weight_decay / {"independent": peak, "pytorch": 1, "scaled": multiplier * scale}[config.decay]
 
