@@ -61,7 +61,7 @@ CHOICES = {
     "parametrization": ("standard", "mup_simple", "mup_intermediate", "mup_full"),
     "optimizer": ("adamw", "lion", "lamb", "muon"),
     "qk_lr": ("own", "other_norm"),
-    "decay": ("independent", "pytorch"),
+    "decay": ("independent", "pytorch", "scaled"),
     "tokenizer": ("bytes", "bpe"),
     "pooling": ("mean", "class_token"),
     "precision": ("fp32", "bf16"),
@@ -204,7 +204,8 @@ class RunConfig:
     weight_decay: float = 1e-4
     decay: str = "independent"
     """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
-    with the layer's own LR: under muParam lr times its multiplier."""
+    with the layer's own LR: under muParam lr times its multiplier; `scaled`: the same with `lr` alone, whatever the
+    multiplier (Kosson et al. 2025)."""
     clip_norm: float | None = 1.0
     qk_clip: float | None = None
     """Threshold of QK-clip: after a step, the query and key weights of a head whose largest logit in the step's batch

@@ -35,7 +35,7 @@ def build(model: nn.Module, config: RunConfig) -> "torch.optim.Optimizer | Apart
 
     All optimizers shrink weights by lr_t * weight_decay with lr_t = s_t * peak. Independent decay wants
     s_t * lambda (paper P, Sec. 3.2.2), hence weight_decay = lambda / peak, exact for every LR and multiplier. Under
-    `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda.
+    `pytorch` a layer of muParam shrinks by s_t * lr * multiplier * lambda, under `scaled` by s_t * lr * lambda.
     """
     multipliers = lr_multipliers(model, config)
     if config.optimizer == "muon" or config.qk_lr != "own":
@@ -54,8 +54,13 @@ def build(model: nn.Module, config: RunConfig) -> "torch.optim.Optimizer | Apart
 
 def _group(parameters: list, multiplier: float, config: RunConfig) -> dict:
     peak = config.lr * multiplier
-    decay = config.weight_decay / (peak if config.decay == "independent" else 1)
-    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
+    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": _decay(config, multiplier)}
+
+
+def _decay(config: RunConfig, multiplier: float, scale: float = 1.0) -> float:
+    """What an optimizer is to decay by, whose LR is at its peak `config.lr` times `multiplier` times `scale`."""
+    peak = config.lr * multiplier * scale
+    return config.weight_decay / {"independent": peak, "pytorch": 1, "scaled": multiplier * scale}[config.decay]
 
 
 def _kind(config: RunConfig, device: str) -> tuple[type, dict]:
@@ -88,8 +93,9 @@ class Apart:
                 self._joint.append((parameter, pieces))
                 if config.qk_lr == "other_norm":
                     *pair, value = pieces
-                    own += [(muon, _group([piece], multipliers[name], config) | {"other": other, "start": other.norm()})
-                            for piece, other in zip(pair, reversed(pair), strict=True)]
+                    own += [(muon, _group([piece], multipliers[name], config) | {
+                        "multiplier": multipliers[name], "other": other, "start": other.norm()})
+                        for piece, other in zip(pair, reversed(pair), strict=True)]
                     pieces = [value]
             groups.setdefault((muon, multipliers[name]), []).extend(pieces)
         settings = own + [(muon, _group(pieces, multiplier, config)) for (muon, multiplier), pieces in groups.items()]
@@ -112,8 +118,7 @@ class Apart:
                   if "other" in group]
         for group, scale in scales:
             group["lr"] *= scale
-            if self._config.decay == "independent":
-                group["weight_decay"] = self._config.weight_decay / (group["peak"] * scale)
+            group["weight_decay"] = _decay(self._config, group["multiplier"], scale)
         for optimizer in self._optimizers:
             optimizer.step()
 

@@ -212,7 +212,7 @@ def test_lion_and_lamb_are_their_papers_with_decay_beside_the_step(tiny, written
     for i, (name, before, after) in enumerate(zip(multipliers, *run(config, gradient_scale=1e-3), strict=True)):
         peak = config.lr * multipliers[name]
         lrs = [peak * optim.schedule(config, step) for step in range(config.steps)]
-        coefficient = config.weight_decay / (peak if decay == "independent" else 1)
+        coefficient = config.weight_decay / {"independent": peak, "pytorch": 1, "scaled": multipliers[name]}[decay]
         expected = written_out(before.detach(), [step[i] for step in gradients], lrs, coefficient, config)
         torch.testing.assert_close(after.detach(), expected, rtol=1e-4, atol=1e-6)
 
@@ -235,13 +235,15 @@ def test_independent_decay_adds_to_the_adam_step(tiny):
 @pytest.mark.parametrize("lr", [1e-3, 0.3])
 @pytest.mark.parametrize("parametrization", ["standard", "mup_simple"])
 @pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
-def test_pytorch_decay_shrinks_weights_by_the_lr_as_well(tiny, lr, parametrization, optimizer):
+@pytest.mark.parametrize("decay", ["pytorch", "scaled"])
+def test_coupled_decay_shrinks_weights_by_the_layers_lr_and_scaled_decay_by_the_models(tiny, lr, parametrization,
+                                                                                       optimizer, decay):
     config = replace(tiny, lr=lr, parametrization=parametrization, optimizer=optimizer, weight_decay=0.1,
-                     decay="pytorch", base_width=64)
+                     decay=decay, base_width=64)
     model = models.build(config, V)
     multipliers = optim.lr_multipliers(model, config)
     for name, before, after in zip(multipliers, *run(config, gradient_scale=0.0), strict=True):
-        rate = lr * multipliers[name] * 0.1
+        rate = lr * (multipliers[name] if decay == "pytorch" else 1) * 0.1
         shrunk = math.prod(1 - optim.schedule(config, step) * rate for step in range(config.steps))
         torch.testing.assert_close(after, before * shrunk, rtol=1e-5, atol=1e-7)
 
@@ -275,7 +277,7 @@ def test_muon_is_torchs_on_each_hidden_matrix_with_queries_keys_and_values_apart
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
 @pytest.mark.parametrize("decay", CHOICES["decay"])
 def test_the_learning_rates_of_queries_and_keys_fall_as_the_other_ones_norm_grows(tiny, optimizer, decay):
-    """W_K three times as large makes W_Q's step a third; independent decay does not change."""
+    """W_K three times as large makes W_Q's step a third; independent and scaled decay do not change."""
     config = replace(tiny, qk_lr="other_norm", optimizer=optimizer, decay=decay, weight_decay=0.02, warmup_steps=0)
     d, moved = config.d_model, {}
     for qk_lr, factor in (("own", 3.0), ("other_norm", 3.0), ("other_norm", 1.0)):
@@ -289,7 +291,7 @@ def test_the_learning_rates_of_queries_and_keys_fall_as_the_other_ones_norm_grow
             weight[d:2 * d] *= factor
         before = weight.detach().clone()
         optimizer.step()
-        kept = 1 - 0.02 if decay == "independent" else 1
+        kept = 1 - {"independent": 0.02, "pytorch": 0, "scaled": 0.02 * config.lr}[decay]
         moved[qk_lr, factor] = [(after - kept * start).detach() for start, after in zip(
             before.chunk(3), weight.chunk(3), strict=True)]
     for part, scale in enumerate((3, 1, 1)):  # the norms of W_Q and W_V have not changed

@@ -1,15 +1,17 @@
-"""Chapter 03, muParam across widths (paper P, Figs 8, E.4 to E.6).
+"""Chapter 03, muParam across widths (paper P, Figs 8, E.4 to E.6), and weight decay under it.
 
-Restated before the runs of the last grid: P8.mup-steady names its fit of the minimum, the one it had; PE4.mup-fails is
-judged by new seeds alone, as the old ones had shown what its learning rate does.
+Restated before the runs of the last two grids: P8.mup-steady names its fit of the minimum, the one it had;
+PE4.mup-fails is judged by new seeds alone, as the old ones had shown what its learning rate does.
 
 What these runs can decide, by the scatter of three seeds (95% intervals, so half of a width):
 - P8.sensitivity: standard deviation 0.003 over seeds on the grid without 3e-4, so that three seeds give +-0.01 with it.
 - P8.loss: 0.019; ten seeds give +-0.014, and decide where the difference is below -0.034 or above -0.006.
-- PE4.mup-fails: 0.054; six new seeds (ten were planned, six ran) give +-0.06: decided below 0.24 or above 0.36.
-- P8.mup-steady: 0.19; three seeds give +-0.46, and ten would give +-0.13, around an estimate of -0.27.
-- PE6.smallest: 0.037; three seeds give +-0.09, twenty would give +-0.017.
-- PE5.intermediate: 0.02; three seeds give +-0.05 against a margin of 0.02; sixteen would do.
+- P8.mup-steady: 0.19; ten seeds give +-0.13, and decide where the slope is above -0.20 or below -0.46.
+- PE4.mup-fails: 0.054; ten new seeds give +-0.04: decided where the difference is below 0.26 or above 0.34.
+- PE6.smallest: 0.037; twenty seeds give +-0.017.
+- WD.coupled, WD.scaled: relative updates of a whole half of a run vary by some 2% over seeds; three seeds give their
+  exponent to +-0.1 or better, against a margin of 0.25 that lies half-way between the two predictions, -0.5 and 0.
+- PE5.intermediate keeps its three seeds: +-0.05 against a margin of 0.02; sixteen seeds would do.
 """
 
 from ..claims import Claim
@@ -35,20 +37,41 @@ def mu_parametrization(scale: str) -> list[RunConfig]:
 
 
 def mu_parametrization_seeds(scale: str) -> list[RunConfig]:
-    """What `mu_parametrization` lacks at the largest width: the lowest LR of paper P, more seeds around the minima of
-    standard and simple, and new seeds of simple at the highest LR with and without qk-norm."""
+    """What `mu_parametrization` lacks: the lowest LR of paper P, more seeds around the minima of standard and simple,
+    and new seeds at the highest LR with and without qk-norm. At the base width standard and simple are one model."""
     first = mu_parametrization(scale)
-    width = max(config.d_model for config in first)
-    low = list(dict.fromkeys(replace(config, lr=PAPER_LRS[0]) for config in first if config.d_model == width))
+    low = list(dict.fromkeys(replace(config, lr=PAPER_LRS[0]) for config in first if config.seed < 3))
     if scale in ("quick", "gpu"):
         return low
-    standard, simple = (replace(first[0], d_model=width, parametrization=name) for name in ("standard", "mup_simple"))
-    near = [*grid(standard, lr=PAPER_LRS[1:4], seed=range(3, 10)), *grid(simple, lr=PAPER_LRS[2:6], seed=range(3, 10))]
-    top = grid(replace(simple, lr=PAPER_LRS[-1]), qk_norm=["head", "none"], seed=range(3, 9))
-    return [*(low if scale == "cpu" else []), *near, *top]
+    widths = sorted({config.d_model for config in first})
+    standard, simple = (replace(first[0], parametrization=name) for name in ("standard", "mup_simple"))
+    minima = {standard: (PAPER_LRS[2:6], PAPER_LRS[2:5], PAPER_LRS[1:4]),
+              simple: (PAPER_LRS[3:], PAPER_LRS[3:6], PAPER_LRS[2:6])}
+    near = [config for arm, lrs in minima.items() for width, some in zip(widths[1:], lrs, strict=True)
+            for config in grid(replace(arm, d_model=width), lr=some, seed=range(3, 10))]
+    narrow = grid(simple, attention_scale=["parametrization", "1/d_h"], lr=PAPER_LRS[3:], seed=range(3, 20))
+    top = grid(replace(simple, d_model=widths[-1], lr=PAPER_LRS[-1]), qk_norm=["head", "none"], seed=range(3, 13))
+    return [*(low if scale == "cpu" else []), *near, *narrow, *top]
 
 
-STUDIES = (mu_parametrization, mu_parametrization_seeds)
+def muparam_weight_decay(scale: str) -> list[RunConfig]:
+    """muParam (simple) with a decay whose memory is shorter than the run: coupled to the layer's own LR, independent of
+    it, or scaled, coupled to the model's LR. All three are one at the base width and LR 3e-2, the last two at that LR
+    whatever the width. The paper's 1e-4, which does nothing in so short a run, at that LR for comparison."""
+    first = mu_parametrization(scale)
+    setting = replace(first[0], parametrization="mup_simple", lr=3e-2,
+                      probe_every=first[0].steps // (20 if scale != "quick" else 8))
+    widths = sorted({config.d_model for config in first})
+    widths = [widths[0], widths[-1]] if scale in ("quick", "gpu") else [widths[0], *widths[2:]]
+    strength = 2.4 / setting.steps
+    decays = [dict(decay="independent", weight_decay=strength),
+              *(dict(decay=name, weight_decay=strength / setting.lr) for name in ("pytorch", "scaled"))]
+    lrs = [setting.lr] if scale in ("quick", "gpu") else PAPER_LRS[3:6]
+    return [*grid(setting, d_model=widths, seed=[0, 1, 2]),
+            *grid(setting, decay=decays, d_model=widths, lr=lrs, seed=[0, 1, 2])]
+
+
+STUDIES = (mu_parametrization, mu_parametrization_seeds, muparam_weight_decay)
 
 CLAIMS = (
     Claim("P8.standard-drifts", "P Fig. 8", "in standard parametrization the best learning rate falls as "
@@ -86,4 +109,10 @@ CLAIMS = (
     Claim("PE6.largest", "P Fig. E.6", "attention scaled by 1/d_h raises the loss of the largest model",
           "the reverse at the largest scale",
           "best loss at the largest width, 1/d_h minus 1/sqrt(d_h) (nats)", ">", 0.0),
+    Claim("WD.coupled", "ours", "with a decay coupled to the layer's LR, relative updates fall as width grows",
+          "not tested", "slope of log10 (update RMS / weight RMS) of hidden matrices per decade of width, second half "
+          "of the run, LR 0.03, coupled", "<", -0.25),
+    Claim("WD.scaled", "ours", "with a decay that muParam does not lower with the LR they stay as they are",
+          "not tested", "slope of log10 (update RMS / weight RMS) of hidden matrices per decade of width, second half "
+          "of the run, LR 0.03, scaled", "within", 0.25),
 )
