@@ -246,7 +246,7 @@ class RunConfig:
     sharpness_every: int = 0
     """Steps between readings of AdamW's preconditioned sharpness on the batch (`probes.sharpness`); 0: none."""
 
-    # an alarm in training, see `train.Single.watch`
+    # an alarm in training, see `response`
     alarm: str = "none"
     """What is held against `alarm_above` whenever the signals are read: one of `SIGNALS`, after its first few readings;
     or the `step` itself, a blind action at a fixed time."""

@@ -179,12 +179,10 @@ def layer_profile(x_NxD: Tensor | np.ndarray, y_NxD: Tensor | np.ndarray, *, lay
     residuals = off / (_row_norms(left_MxM * gain.cpu().numpy(), values) + SMALL)
     size = np.abs(values)
     rho, order = float(size.max()), np.lexsort((-values.imag, -size))
-    search = modes <= 256 if kreiss is None else kreiss
-    scaled = kreiss_constant(a_MxM / max(1.0, rho)) if search else math.nan
+    scaled = kreiss_constant(a_MxM / max(1.0, rho)) if (modes <= 256 if kreiss is None else kreiss) else math.nan
     return LayerProfile(
         layer=layer, width=width, snapshots=n, modes=modes, **_masses(size, thresholds), spectral_radius=rho,
-        eigenvector_condition=kappa,
-        nonlinearity=math.nan if degenerate else misfit / (update + SMALL),
+        eigenvector_condition=kappa, nonlinearity=math.nan if degenerate else misfit / (update + SMALL),
         kreiss=math.inf if rho > 1 + RHO_TOLERANCE else scaled, kreiss_scaled=scaled,
         reliable_share=float((residuals <= thresholds.residual).mean()), update_size=update_size,
         degenerate=degenerate, eigenvalues=values[order], residuals=residuals[order])

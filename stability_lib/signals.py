@@ -51,12 +51,13 @@ def _log(values: Iterable[float]) -> pd.Series:
     return np.log(pd.Series(values, dtype=float).clip(1e-30, 1e30))
 
 
-_DERIVED: dict[str, Callable[[Mapping], pd.Series]] = {
-    "loss_spike": lambda read: z_score(read["loss"], floor=0.02),
-    "gradient_cusum": lambda read: cusum(z_score(_log(read["gradient_norm"]), floor=0.05)),
-    "logit_growth": lambda read: growth(read["attention_logit_max"]),
-    "kurtosis_jump": lambda read: z_score(_log(read["output_kurtosis"]), floor=0.05),
+_DERIVED: dict[str, tuple[str, Callable[[Iterable[float]], pd.Series]]] = {
+    "loss_spike": ("loss", lambda values: z_score(values, floor=0.02)),
+    "gradient_cusum": ("gradient_norm", lambda values: cusum(z_score(_log(values), floor=0.05))),
+    "logit_growth": ("attention_logit_max", growth),
+    "kurtosis_jump": ("output_kurtosis", lambda values: z_score(_log(values), floor=0.05)),
 }
+"""Signals that are made of a reading, and of which; the others are the reading itself."""
 
 
 def derive(read: Mapping[str, Iterable[float]]) -> pd.DataFrame:
@@ -65,10 +66,8 @@ def derive(read: Mapping[str, Iterable[float]]) -> pd.DataFrame:
     `read` has lists under the names that `reduced` gives them, and `loss` and `gradient_norm`. Of readings a signal may
     be the value itself, its `growth`, its `z_score` (of logs but for the loss), or the `cusum` of that.
     """
-    needs = {"loss_spike": "loss", "gradient_cusum": "gradient_norm", "logit_growth": "attention_logit_max",
-             "kurtosis_jump": "output_kurtosis"}
-    return pd.DataFrame({name: _DERIVED[name](read) if name in _DERIVED else pd.Series(read[name], dtype=float)
-                         for name in SIGNALS if needs.get(name, name) in read})
+    made = {name: _DERIVED.get(name, (name, lambda values: pd.Series(values, dtype=float))) for name in SIGNALS}
+    return pd.DataFrame({name: make(read[of]) for name, (of, make) in made.items() if of in read})
 
 
 def reduced(readings: Mapping[str, float], lr: float, even: float) -> dict[str, float]:

@@ -4,7 +4,8 @@
 Restated before the runs of the last two grids: P4.drift read the mean logit of all symbols, which sinks with any good
 fit where most never occur, and now reads log Z, with P4.drift-next beside it; P4.near-zero had a z-loss 70 times weaker
 by coefficient x steps than the paper's; P3.harm and P3.decay averaged LR 3 with LR 1, where log Z stays small, and took
-the loss after the cosine had brought log Z back.
+the loss after the cosine had brought log Z back. Known by then: log Z near 5 at LR 0.1 on the old seeds, and, from a
+run of scale quick on seed 100, that z-loss in the paper's dose hurts at LR 3 held; P3.harm took its coefficient then.
 
 What these runs can decide, by the scatter of the ones before them (95% intervals, so half of a width):
 - P3.harm, P3.decay are judged where |log Z| is in the hundreds: at LR 3 held to the end, and by the log of the loss
