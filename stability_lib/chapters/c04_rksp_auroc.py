@@ -40,6 +40,44 @@ def unseen_architectures(scale: str) -> list[RunConfig]:
                 seed=[42] if scale == "quick" else [42, 123, 456])
 
 
+_WIDE = {
+    "quick": ([(48, 2)], [1e-2, 8e-1]),
+    "cpu": ([(128, 2), (256, 2), (128, 4)], [3e-3, 1e-2, 3e-2, 2e-1, 8e-1]),
+    "gpu": ([(896, 2)], [3e-2, 8e-1]),
+    "paper": ([(384, 6), (768, 12)], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+}
+"""Widths and depths, and learning rates, of `wider_sweep`."""
+
+
+def wider_sweep(scale: str) -> list[RunConfig]:
+    """`divergence_sweep` at widths where the near-unit mass of models without norms leaves one."""
+    sizes, lrs = _WIDE[check_scale(scale)]
+    first = replace(divergence_sweep(scale)[0], **dict(steps=200, warmup_steps=20) if scale == "gpu" else {})
+    norms = ["pre_ln", "post_ln", "no_norm"] if scale == "gpu" else CHOICES["norm"]
+    return grid(first, norm=norms, size=[dict(d_model=d, n_layers=n) for d, n in sizes], lr=lrs,
+                seed=[42] if scale == "quick" else [42, 123, 456])
+
+
+def without_norms(scale: str) -> list[RunConfig]:
+    """Models without norms near where they fail, whose near-unit mass is anything from 0.1 to 1: by
+    initialization, with residual branches scaled down, and with qk-norm."""
+    sizes, lrs, seeds = {
+        "quick": ([(48, 2)], [1e-2, 3e-2], [0, 1]),
+        "cpu": ([(128, 2), (256, 2)], [4e-3, 5.5e-3, 7.5e-3, 1e-2], range(4)),
+        "gpu": ([(896, 2)], [3e-3], [0, 1, 2]),
+        "paper": ([(768, 12)], [1e-4, 3e-4, 1e-3, 3e-3], range(8)),
+    }[check_scale(scale)]
+    first = replace(wider_sweep(scale)[0], norm="no_norm")
+    changes = [{}, dict(residual="scaled"), dict(qk_norm="head")][:1 if scale == "gpu" else 3]
+    return grid(first, size=[dict(d_model=d, n_layers=n) for d, n in sizes], init=CHOICES["init"], change=changes,
+                lr=lrs, seed=seeds)
+
+
+def spectra_wider(scale: str) -> list[RunConfig]:
+    """Profiles of the untrained models of `wider_sweep` and `without_norms`."""
+    return list(dict.fromkeys(untrained(config) for config in wider_sweep(scale) + without_norms(scale)))
+
+
 def untrained(config: RunConfig, **changes) -> RunConfig:
     """A run of one step that profiles 2048 token states of the model `config` starts from, before that step."""
     return replace(config, **dict(
@@ -88,7 +126,7 @@ def with_profiles(runs: pd.DataFrame, profiles: pd.DataFrame) -> pd.DataFrame:
                         setting=found["norm"] + " " + shape, width_depth=shape)
 
 
-STUDIES = (divergence_sweep, unseen_architectures, spectra_at_init)
+STUDIES = (divergence_sweep, wider_sweep, without_norms, spectra_at_init, spectra_wider)
 
 CLAIMS = (
     Claim("KT1.near-unit-mass", "K Table 1", "the norm placements differ in near-unit mass at initialization",
