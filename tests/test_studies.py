@@ -20,8 +20,13 @@ GOLDEN = {
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
+    "wider_sweep": ("f0a5f938", "be54b1b4", "c38d0e6f", "0d26b986"),
+    "without_norms": ("405c1a0f", "d3816f14", "4439c25d", "b67f9533"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
+    "spectra_wider": ("a0dffcdf", "a2e4009f", "8bd689c8", "0f40ba7a"),
+    "drawn_architectures": ("2d1ed4d1", "661b8f61", "e83c3a23", "c6a53ad5"),
+    "spectra_of_drawn": ("2dc53451", "c8ac391d", "7e2896cc", "b2a71848"),
     "kss_divergence": ("5deded01", "f6cc54a4", "d6c827fb", "70b99fc9"),
     "kss_dose": ("b002c90a", "c104433e", "02338618", "00dcc1b6"),
     "kss_readings": ("fbcd31a8", "d43200c4", "dea3a820", "4b6e77e7"),
@@ -90,7 +95,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
+                   "wider_sweep", "without_norms", "spectra_wider", "spectra_of_drawn")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
