@@ -130,7 +130,7 @@ def of_models(spectra: pd.DataFrame) -> pd.DataFrame:
     """A row per profiled model: `IDENTITY`, the means of `METRICS` over its layers, rho of the first and last one, the
     mean of log10 of the scaled Kreiss constant (NaN where it was not searched), and the share of layers with rho over
     one."""
-    rho, kreiss = ([np.array([curves[f"{name}/block{i}"][0] for i in range(n)], dtype=float)
+    rho, kreiss = ([np.array([curves.get(f"{name}/block{i}", [np.nan])[0] for i in range(n)], dtype=float)
                     for curves, n in zip(spectra["curves"], spectra["n_layers"], strict=True)]
                    for name in ("spectral_radius", "kreiss_scaled"))
     return spectra[IDENTITY].assign(
