@@ -89,7 +89,7 @@ def without_norms(scale: str) -> list[RunConfig]:
         "paper": {(768, 12): [1e-4, 3e-4, 1e-3]},
     }[check_scale(scale)]
     first, seeds = replace(wider_sweep(scale)[0], norm="no_norm"), [0, 1] if scale == "quick" else [0, 1, 2]
-    changes = [{}, dict(residual="scaled"), dict(qk_norm="head")][:1 if scale == "gpu" else 3]
+    changes = [{}, dict(residual="scaled"), dict(qk_norm="head")][:1 if scale in ("quick", "gpu") else 3]
     inits = CHOICES["init"][:3 if scale == "gpu" else 4]
     return [run for (d, n), lrs in near.items()
             for run in grid(replace(first, d_model=d, n_layers=n), init=inits, change=changes, lr=lrs, seed=seeds)]
@@ -111,7 +111,7 @@ def spectra_at_init(scale: str) -> list[RunConfig]:
     """Profiles of untrained models. By norm and, each alone, width, depth and initialization (paper K,
     Table 1), and with Kreiss constants of every model that the chapter trains."""
     setting = RunConfig(**RECALL | dict(seq_len=64, d_model=128, n_layers=4))
-    inits = [dict(init="pytorch"), dict(init="xavier"), dict(init="fan_in")][:1 if scale == "gpu" else 3]
+    inits = [dict(init="pytorch"), dict(init="xavier"), dict(init="fan_in")][:1 if scale in ("quick", "gpu") else 3]
     shapes = [dict(d_model=64), dict(d_model=256), dict(n_layers=2), dict(n_layers=8)]
     changes = [{}, *(shapes if scale in ("cpu", "paper") else []), *inits]
     trained = [untrained(config, spectra_kreiss=True)
