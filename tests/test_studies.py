@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 
-from stability_lib import batch, models, replicas, studies
+from stability_lib import batch, models, replicas, runs, studies
+from stability_lib.chapters import c04_rksp_auroc
 from stability_lib.config import RunConfig, run_key
 
 GOLDEN = {
@@ -20,13 +21,8 @@ GOLDEN = {
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
-    "wider_sweep": ("f0a5f938", "be54b1b4", "c38d0e6f", "0d26b986"),
-    "without_norms": ("aa2caf94", "d3816f14", "4439c25d", "b67f9533"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
-    "spectra_wider": ("5ea2edf6", "a2e4009f", "8bd689c8", "0f40ba7a"),
-    "drawn_architectures": ("2d1ed4d1", "661b8f61", "e83c3a23", "c6a53ad5"),
-    "spectra_of_drawn": ("2dc53451", "c8ac391d", "7e2896cc", "b2a71848"),
     "kss_divergence": ("5deded01", "f6cc54a4", "d6c827fb", "70b99fc9"),
     "kss_dose": ("b002c90a", "c104433e", "02338618", "00dcc1b6"),
     "kss_readings": ("fbcd31a8", "d43200c4", "dea3a820", "4b6e77e7"),
@@ -95,8 +91,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "wider_sweep", "without_norms", "spectra_wider", "spectra_of_drawn")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
@@ -146,3 +141,22 @@ def test_a_scale_is_longer_than_the_one_before():
     lengths = [studies.base(scale).steps for scale in studies.SCALES]
     assert lengths == sorted(lengths)
     assert isinstance(studies.short("cpu"), RunConfig)
+
+
+def test_runs_are_joined_to_the_profile_of_the_model_they_started_from():
+    """Rows of chapter 04's sweep, by hand: the mean over layers, the first and the last of them."""
+    stored = {study: runs.frame(list(runs.load(runs.locate(study, "cpu")).values()))
+              for study in ("divergence_sweep", "spectra_at_init")}
+    spectra = stored["spectra_at_init"].query("spectra_kreiss")
+    profiles = c04_rksp_auroc.of_models(spectra)
+    joined = c04_rksp_auroc.with_profiles(stored["divergence_sweep"], profiles)
+    assert joined["key"].tolist() == stored["divergence_sweep"]["key"].tolist()
+    run = joined.query("norm == 'post_ln' and d_model == 64 and n_layers == 4 and seed == 123").iloc[0]
+    curves = spectra.query("norm == 'post_ln' and d_model == 64 and n_layers == 4 and seed == 123").iloc[0]["curves"]
+    layers = [curves[f"spectral_radius/block{i}"][0] for i in range(4)]
+    assert run["spectral_radius"] == pytest.approx(sum(layers) / 4, rel=1e-4)
+    assert (run["rho_first"], run["rho_last"]) == (layers[0], layers[3])
+    assert (run["setting"], run["no_norms"]) == ("post_ln 64x4", 0.0)
+    without = spectra.assign(curves=[{name: values for name, values in each.items() if not name.startswith("kreiss")}
+                                     for each in spectra["curves"]])
+    assert c04_rksp_auroc.of_models(without)["log_kreiss"].isna().all()
