@@ -70,6 +70,11 @@ class Session:
         return runs.ensure(configs, runs.locate(study, self.scale), device=self.device, cluster=self.cluster,
                            **RECOMPUTE[self.recompute])
 
+    def stored(self, study: str, scale: str) -> pd.DataFrame:
+        """The runs of the study's grid at another scale that the store holds already; nothing is trained."""
+        rows = runs.load(runs.locate(study, scale))
+        return runs.frame([rows[key] for key, _ in runs.keyed(studies.configs(study, scale)) if key in rows])
+
 
 def checkout() -> Path:
     """The folder of this project's checkout. Raises `ValueError` where the library is installed without one, which has
@@ -413,6 +418,8 @@ def _harvest(path: Path, finished: bool = True) -> dict:
                 if "image/png" in bundle:
                     found["figures"].append((heading, "".join(bundle["image/png"].split())))
                 for row in bundle.get(MIME, []):
+                    if isinstance(row, dict) and "scale" in row:  # a board beside the notebook's own
+                        continue
                     if not isinstance(row, dict):
                         found["notes"].append(f"a verdict is no row: {row!r}")
                         continue
