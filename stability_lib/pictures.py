@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch, FancyBboxPatch, Wedge
+from matplotlib.patches import FancyBboxPatch, Wedge
 from torch import nn
 
 from . import batch, data, evaluate, koopman, models, plotting, studies
@@ -33,24 +33,24 @@ def profile_picture(setting: RunConfig = SETTING, layer: int = 1, states: int = 
     x, y = states_around(model, model.blocks[layer], tokens, states)
     profile = koopman.layer_profile(x, y, layer=layer)
     fitted = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=None)[0].T
-    figure, axes = plt.subplots(1, 5, figsize=(15, 4.4), width_ratios=[1.25, 0.5, 0.5, 1.15, 1.6])
-    _block(axes[0], layer)
-    rows, reach = slice(0, 40), float(np.quantile(np.abs(x), 0.99))
-    for ax, states_NxD, name in ((axes[1], x, "X"), (axes[2], y, "Y")):
-        ax.imshow(states_NxD[rows, :24], cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
-        ax.set_title(f"{name}: {'before' if name == 'X' else 'after'}")
-        ax.set_xlabel(f"{x.shape[1]} dimensions ...")
-    axes[1].set_ylabel(f"{len(x)} token states ...")
-    axes[3].imshow(fitted, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes[3].set_title("A: the best linear fit, Y ≈ A X")
-    axes[3].set_xlabel(f"{len(fitted)} × {len(fitted)} numbers, centred states")
-    for ax in axes[1:4]:
+    figure, axes = plt.subplots(1, 7, figsize=(16, 4.3), width_ratios=[1.2, 0.55, 0.55, 0.3, 1.2, 0.3, 1.7])
+    block, before, after, fit, matrix, spectrum, plane = axes
+    _block(block, layer)
+    reach = float(np.quantile(np.abs(x), 0.99))
+    for ax, states_NxD, name in ((before, x, "X, before"), (after, y, "Y, after")):
+        ax.imshow(states_NxD[:64], cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+        ax.set(title=name, xlabel=f"width {x.shape[1]}")
+    before.set_ylabel(f"64 of {len(x)} token states")
+    matrix.imshow(fitted, cmap="RdBu_r", vmin=-1, vmax=1)
+    matrix.set(title="A, the best linear fit: Y ≈ A X", xlabel=f"{len(fitted)} × {len(fitted)}, on centred states")
+    for ax in (before, after, matrix):
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
-    _plane(axes[4], profile)
-    for left, right in ((axes[2], axes[3]), (axes[3], axes[4])):
-        figure.add_artist(ConnectionPatch((1.03, 0.5), (-0.05, 0.5), coordsA="axes fraction", coordsB="axes fraction",
-                                          axesA=left, axesB=right, arrowstyle="-|>", mutation_scale=18, color="0.3"))
+    for ax, word in ((fit, "least\nsquares"), (spectrum, "eigen-\nvalues")):
+        ax.axis("off")
+        ax.annotate("", (1, 0.5), (0, 0.5), "axes fraction", arrowprops=dict(arrowstyle="-|>", color="0.3", lw=2))
+        ax.text(0.5, 0.53, word, ha="center", va="bottom", fontsize="small", transform=ax.transAxes)
+    _plane(plane, profile)
     return figure
 
 
@@ -76,9 +76,8 @@ def _block(ax: Axes, layer: int) -> None:
         ax.add_patch(FancyBboxPatch((4.7, y - 0.9), 4.8, 1.8, boxstyle="round,pad=0.1", fc=colour, ec="0.4"))
         ax.text(7.1, y, name, ha="center", va="center", fontsize="small")
         ax.annotate("", (4.6, y - 0.6), (2.5, y - 0.6), arrowprops=arrow)
-        ax.annotate("", (2.8, y + 1.6), (7.1, y + 1.0), arrowprops=arrow | {"connectionstyle": "angle,angleA=180,"
-                                                                            "angleB=90"})
-        ax.text(2.5, y + 1.6, "+", ha="center", va="center", fontsize=13,
+        ax.annotate("", (2.9, y + 0.6), (4.6, y + 0.6), arrowprops=arrow)
+        ax.text(2.5, y + 0.6, "+", ha="center", va="center", fontsize=13,
                 bbox=dict(boxstyle="circle,pad=0.12", fc="white", ec="0.3"))
     for y, text in ((0.8, "X"), (9.2, "Y")):
         ax.text(1.2, y, text, fontsize=15, weight="bold", ha="center", va="center")
@@ -99,7 +98,8 @@ def _plane(ax: Axes, profile: koopman.LayerProfile) -> None:
     reach = 1.1 * max(size.max(), high)
     ax.set(xlim=(-1.15, reach), aspect="equal", xlabel="real part", ylabel="imaginary part",
            title=f"Eigenvalues of A: M1 = {profile.near_unit_mass:.2f} in the ring")
-    ax.legend(frameon=False, fontsize="small", loc="lower left", handletextpad=0.1, borderaxespad=0)
+    ax.legend(frameon=False, fontsize="small", loc="center", bbox_to_anchor=(-0.4, 0), bbox_transform=ax.transData,
+              handletextpad=0.1)
 
 
 def learning_rates() -> list[PIL.Image.Image]:
