@@ -42,7 +42,7 @@ def profile_picture(setting: RunConfig = SETTING, layer: int = 1, states: int = 
         ax.set(title=name, xlabel=f"width {x.shape[1]}")
     before.set_ylabel(f"64 of {len(x)} token states")
     matrix.imshow(fitted, cmap="RdBu_r", vmin=-1, vmax=1)
-    matrix.set(title="A, the best linear fit: Y ≈ A X", xlabel=f"{len(fitted)} × {len(fitted)}, on centred states")
+    matrix.set(title="A, the best linear fit: Y ≈ A X", xlabel=f"{len(fitted)} by {len(fitted)}, on centred states")
     for ax in (before, after, matrix):
         ax.set(xticks=[], yticks=[])
         ax.grid(False)

@@ -282,7 +282,8 @@ def at_lr(axes: Iterable[Axes], runs: pd.DataFrame, lr: float) -> None:
                ylabel="largest attention logit, block 0", title=f"learning rate {lr:g}")
 
 
-def intervals(ax: Axes, estimates: Iterable[Estimate | None], colour: object = "0.25", zero: float | None = 0.0) -> Axes:
+def intervals(ax: Axes, estimates: Iterable[Estimate | None], colour: object = "0.25",
+              zero: float | None = 0.0) -> Axes:
     """Estimates with their 95% intervals, one a line from the top down, an empty line for None; hollow where an
     interval has no width, a line at `zero`."""
     found = list(estimates)

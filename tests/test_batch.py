@@ -553,3 +553,11 @@ def test_the_audit_and_the_reference_take_a_scale_and_a_cluster(checkout, monkey
     assert main(["audit"]) == 2 and "lacks the run" in capsys.readouterr().err  # of the other scale
     assert main(["audit", "--scale", "quick"]) == 2
     assert main(["audit", "--cluster", "nowhere"]) == 2
+
+
+def test_a_session_reads_what_the_store_holds_of_another_scale_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("STABILITY_LIB_RUNS", str(tmp_path / "none"))
+    monkeypatch.setattr(runs, "ensure", None)
+    session = batch.Session("quick")
+    assert len(session.stored("first_look", "cpu")) == len(studies.configs("first_look", "cpu"))
+    assert len(session.stored("first_look", "paper")) == 0
