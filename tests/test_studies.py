@@ -54,6 +54,8 @@ GOLDEN = {
     "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
     "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
     "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
+    "later_remedies_larger": ("e3b0c442", "cb0b41c0", "80ae2529", "9b142e44"),
+    "later_remedies_lower": ("e3b0c442", "265206ba", "c3d39aee", "0971972b"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -90,7 +92,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
+                   "later_remedies_larger", "later_remedies_lower")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
