@@ -7,8 +7,8 @@ largest size and of its lower learning rates.
 What the runs can decide: of chapter 01's two arms at this size, the difference of LR sensitivities, paired by seed, has
 a 95% interval of +-0.035 nats, that of the losses at the best learning rates of +-0.005. Effects of twice these show;
 margins of sameness are 0.1 (0.05 where both arms have qk-norm) and 0.05 nats. At the largest size these intervals are
-+-0.034 and +-0.018. One seed's order of the ten arms by LR sensitivity correlates by 0.95 or more with the other seeds'
-at this size, and by 0.89 or more with it at the smaller. LR sensitivity goes by LRS at every size of which claims speak,
++-0.034 and +-0.018. One seed's order of the ten arms by LR sensitivity correlates by 0.95 or more with the others' at
+this size, and by 0.89 or more with it at the smaller. LR sensitivity goes by LRS at both sizes of which claims speak,
 the loss at the best learning rate by all rates that an arm has there.
 
 Pilots before the claims: one seed that no study uses, at the smaller size and learning rates of 0.003, 0.03 and 0.3.
