@@ -54,8 +54,8 @@ GOLDEN = {
     "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
     "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
     "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
-    "later_remedies_larger": ("e3b0c442", "cb0b41c0", "80ae2529", "9b142e44"),
-    "later_remedies_lower": ("e3b0c442", "265206ba", "c3d39aee", "0971972b"),
+    "later_remedies_larger": ("e3b0c442", "47138f59", "80ae2529", "5949ce6f"),
+    "later_remedies_lower": ("e3b0c442", "c159a8fa", "c3d39aee", "ba691db8"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
