@@ -22,7 +22,7 @@ the rule cannot judge. They now go by the next learning rate of the grid, where 
 The claims `large-...` and `lower-rates` came later, before any of their runs but with all of the middle size's known,
 and chapter 01's two arms at the largest. They have the words and criteria of the middle size's. More were made, for all
 ten arms, and wait for theirs: the arms that train one run at a time on a GPU were cut from these grids for want of
-time, before any run of theirs was read.
+time, not by outcome.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
