@@ -286,9 +286,9 @@ def collapsed(load_balance: float) -> str:
     return _count(peaks > 0.5)
 
 
-def less_sensitive(arm: str) -> str:
-    """LR sensitivity under a later remedy minus that under none (chapter 17)."""
-    tried = _committed("later_remedies")
+def less_sensitive(arm: str, study: str = "later_remedies") -> str:
+    """LR sensitivity under a later remedy minus that under none, at one size (chapter 17)."""
+    tried = _committed(study)
     tried = tried.assign(arm=[c17.arm(run) for run in tried.to_dict("records")])
     found = evaluate.lr_sensitivity(tried[tried["lr"] >= 1e-2], ["arm"])
     return _estimate(evaluate.difference(found, "lr_sensitivity", "arm", arm, c17.NONE, ["seed"]), "nats")

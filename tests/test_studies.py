@@ -55,6 +55,8 @@ GOLDEN = {
     "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
     "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
     "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
+    "later_remedies_larger": ("e3b0c442", "47138f59", "80ae2529", "5949ce6f"),
+    "later_remedies_lower": ("e3b0c442", "c159a8fa", "c3d39aee", "ba691db8"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -91,7 +93,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
+                   "later_remedies_larger", "later_remedies_lower")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
