@@ -31,7 +31,7 @@ GOLDEN = {
     "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
     "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
     "warm_up_long": ("1cf6f0da", "909a4464", "18e6afc2", "c501c2d7"),
-    "weight_decay_long": ("3f2a1d96", "8c3910a5", "ff31cf95", "91e956cb"),
+    "weight_decay_long": ("c57ac6ff", "8c3910a5", "ff31cf95", "91e956cb"),
     "best_lr_by_decay": ("21eb1601", "7b4a8dc5", "5b625544", "ef33c146"),
     "longer_runs": ("9ab8189e", "0d2ce3b5", "a393a38f", "51abba21"),
     "other_optimizers": ("a51d710d", "00d70c7b", "983c199c", "28d3551e"),
