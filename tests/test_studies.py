@@ -38,6 +38,7 @@ GOLDEN = {
     "other_optimizers_seeds": ("e22da372", "aabe4797", "72cd472c", "ad928feb"),
     "digits": ("007a9e37", "f3d28258", "c0c5e9d1", "aced07d3"),
     "digits_seeds": ("84145183", "e4b5ec45", "d054e7f0", "135acf60"),
+    "digits_many_seeds": ("e3b0c442", "42ebe61c", "3429433b", "17ca6eb8"),
     "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
     "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
