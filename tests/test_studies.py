@@ -30,15 +30,12 @@ GOLDEN = {
     "warm_up": ("a2c184b8", "438102f6", "1b36ba46", "56e4d0f6"),
     "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
     "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
-    "warm_up_long": ("1cf6f0da", "909a4464", "18e6afc2", "c501c2d7"),
-    "weight_decay_long": ("c57ac6ff", "8c3910a5", "ff31cf95", "91e956cb"),
     "best_lr_by_decay": ("21eb1601", "7b4a8dc5", "5b625544", "ef33c146"),
-    "longer_runs": ("9ab8189e", "0d2ce3b5", "a393a38f", "51abba21"),
     "other_optimizers": ("a51d710d", "00d70c7b", "983c199c", "28d3551e"),
-    "other_optimizers_seeds": ("e22da372", "aabe4797", "72cd472c", "ad928feb"),
+    "fixed_gains": ("39147008", "20b0b538", "72cd472c", "095ff70a"),
     "digits": ("007a9e37", "f3d28258", "c0c5e9d1", "aced07d3"),
-    "digits_seeds": ("84145183", "e4b5ec45", "d054e7f0", "135acf60"),
-    "digits_many_seeds": ("e3b0c442", "42ebe61c", "3429433b", "17ca6eb8"),
+    "digits_seeds": ("0e377cae", "bc91f10e", "c3a73f79", "3f561244"),
+    "digits_many_seeds": ("e3b0c442", "2c65c46a", "cbef33a4", "c2237514"),
     "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
     "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
@@ -97,8 +94,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "warm_up_long", "weight_decay_long", "longer_runs")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
