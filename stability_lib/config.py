@@ -53,7 +53,7 @@ CHOICES = {
     "norm": ("pre_ln", "rmsnorm", "post_ln", "deepnorm", "deepnorm_pre", "subln", "no_norm"),
     "positions": ("rotary", "learned"),
     "init": ("fan_in", "gpt2", "pytorch", "xavier"),
-    "qk_norm": ("none", "head", "model"),
+    "qk_norm": ("none", "head", "model", "head_fixed"),
     "mixer": ("attention", "mamba"),
     "mlp": ("gelu", "moe", "kan"),
     "attention": ("softmax", "squared_relu"),
@@ -164,7 +164,7 @@ class RunConfig:
     `weight_norm` trains the norm and the direction of each row apart."""
     qk_norm: str = "head"
     """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
-    d_model (Fig. E.8); `none`."""
+    d_model (Fig. E.8); `head_fixed`: `head` without trained gains; `none`."""
     attention: str = "softmax"
     """`squared_relu`: pointwise relu(z)^2 / sqrt(seq_len) in place of the softmax (Fig. E.11)."""
     attention_scale: str = "parametrization"

@@ -22,10 +22,11 @@ from sklearn.isotonic import IsotonicRegression
 from .evaluate import Estimate, extrapolate, geometric_mean, mean
 from .runs import curve
 
-LINE = {"none": "--", "head": "-", "model": ":", "neither": "--", "z-loss": "-", "weight decay": ":",
-        "stronger z-loss": "-.", "without KSS": "--", "with KSS": "-"}
+LINE = {"none": "--", "head": "-", "model": ":", "head_fixed": "-.", "neither": "--", "z-loss": "-",
+        "weight decay": ":", "stronger z-loss": "-.", "without KSS": "--", "with KSS": "-"}
 """Line style by qk-norm, by what holds the output logits, by KSS: dashed without."""
-QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
+QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model",
+            "head_fixed": "qk-norm, gains fixed"}
 PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
                          "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
 CURES = {name: sns.color_palette("dark")[i] for name, i in (("neither", 0), ("z-loss", 1), ("weight decay", 2),

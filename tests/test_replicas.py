@@ -41,6 +41,7 @@ def assert_same(found: train.RunResult, single: train.RunResult, rel: float = 1e
     {"attention_maps": 3}, {"norm": "rmsnorm", "qk_norm": "none", "decay": "pytorch", "weight_decay": 0.1},
     {"norm": "post_ln", "qk_norm": "model", "residual": "scaled"}, {"norm": "deepnorm", "positions": "learned"},
     {"norm": "deepnorm_pre", "init": "xavier", "biases": True, "n_layers": 1}, {"norm": "subln", "init": "gpt2"},
+    {"qk_norm": "head_fixed"},
     {"norm": "no_norm", "residual": "rezero", "init": "pytorch", "biases": True},
     {"attention": "squared_relu", "parametrization": "mup_simple", "base_width": 8, "attention_maps": 2},
     {"attention_cap": 2.0, "qk_norm": "none", "attention_maps": 2}, {"attention_gate": True, "attention_cap": 50.0},
