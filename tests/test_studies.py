@@ -13,15 +13,15 @@ GOLDEN = {
     "attention_logit_growth": ("5e96c1f0", "bda4b8ce", "16b04d94", "ceddf09d"),
     "attention_patterns": ("3ad3f9e8", "d4949ad0", "10c3c07f", "037316a5"),
     "output_logit_floor": ("a49cf61d", "786af0e1", "ad518a84", "c6b9d133"),
-    "output_logit_harm": ("4eb93c53", "ac90c4c1", "6e0bc618", "fcd32fc5"),
+    "output_logit_harm": ("4eb93c53", "ac90c4c1", "e597e0a5", "fcd32fc5"),
     "output_logit_held": ("b9eca0d6", "ec22cf9e", "c0d460cf", "444533b1"),
     "output_logit_drift": ("6a26a577", "2de6a1a0", "a72325e1", "eb9eeee4"),
-    "output_logit_seeds": ("ec7958a4", "eba324b5", "bcc332ff", "f56199e7"),
-    "output_logit_floor_long": ("e3b0c442", "2d3d521a", "ce3f1a68", "04576a19"),
+    "output_logit_seeds": ("ccaa61e5", "eba324b5", "3b44b52d", "f56199e7"),
+    "output_logit_floor_long": ("e3b0c442", "2d3d521a", "e07d17f1", "04576a19"),
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
-    "muparam_more_seeds": ("f04b262e", "7de50814", "8c6b7fdc", "407a047d"),
+    "muparam_more_seeds": ("f04b262e", "7de50814", "e18e4e28", "407a047d"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
@@ -96,7 +96,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "spectra_at_init", "language_text", "language_synthetic",
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
-                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller")
+                   "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
+                   "output_logit_floor_long", "muparam_more_seeds")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 

@@ -57,8 +57,10 @@ def output_logit_floor_long(scale: str) -> list[RunConfig]:
     setting = output_logit_floor(scale)[0]
     if scale == "quick":
         return []
+    if scale == "gpu":
+        return grid(replace(setting, vocab_size=1024, **_length(6000)), eps=[1e-8, 1e-6], seed=range(3))
     return grid(replace(setting, vocab_size=1024, **_length(4 * setting.steps)), eps=[1e-8, 1e-7, 1e-6],
-                seed=range(3) if scale == "gpu" else range(3, 9))
+                seed=range(3, 9))
 
 
 def output_logit_harm(scale: str) -> list[RunConfig]:
@@ -73,8 +75,8 @@ def output_logit_harm(scale: str) -> list[RunConfig]:
     if scale == "quick":
         return grid(setting, lr=[3e-1, 3.0], cure=[neither, z_loss], seed=[0, 1, 2])
     subwords = dict(tokenizer="bpe", vocab_size=2048, **_length(steps // 2))
-    others = [subwords, subwords | dict(lr=3e-1), dict(d_model=2 * width, n_heads=8), dict(eps=1e-15),
-              _length(3 * steps), dict(lr_final=1.0)]
+    more = [] if scale == "gpu" else [subwords | dict(lr=3e-1)], [] if scale == "gpu" else [dict(lr_final=1.0)]
+    others = [subwords, *more[0], dict(d_model=2 * width, n_heads=8), dict(eps=1e-15), _length(3 * steps), *more[1]]
     return [*grid(setting, lr=[1e-1, 3e-1, 1.0, 3.0], cure=[neither, z_loss, decay], seed=range(5)),
             *grid(replace(setting, precision="fp32"), lr=[1.0, 3.0], cure=[neither, z_loss], seed=range(5)),
             *grid(replace(setting, lr=1.0), other=others, cure=[neither, z_loss], seed=[0, 1, 2])]
@@ -104,7 +106,7 @@ def output_logit_seeds(scale: str) -> list[RunConfig]:
     cures = [dict(z_loss=0.0), dict(z_loss=1e-4)]
     rare = replace(held, probe_every=held.steps // 4)
     if scale in ("quick", "gpu"):
-        return grid(replace(rare, lr=1.0, lr_final=1.0), cure=cures, seed=range(20, 23))
+        return grid(replace(held, lr=1.0, lr_final=1.0), cure=cures, seed=range(20, 23))
     return [*grid(rare, cure=cures, seed=range(20, 220)),
             *grid(replace(rare, lr=1.0, lr_final=1.0), cure=cures, seed=range(20, 70)),
             *grid(replace(held, lr_final=1e-5), lr=[1.0, 3.0], cure=cures, seed=range(20, 50))]

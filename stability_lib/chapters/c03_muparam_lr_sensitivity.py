@@ -69,7 +69,9 @@ def muparam_more_seeds(scale: str) -> list[RunConfig]:
     beyond = [dict(lr=1.0, seed=seed) for seed in (range(3) if scale in ("quick", "gpu") else range(13, 23))]
     further = [] if scale in ("quick", "gpu") else [dict(lr=PAPER_LRS[-1], seed=seed) for seed in range(13, 113)]
     top = grid(replace(simple, d_model=widest), qk_norm=["head", "none"], run=[*further, *beyond])
-    if scale in ("quick", "gpu"):
+    if scale == "gpu":
+        return [replace(config, steps=config.steps // 10, warmup_steps=config.warmup_steps // 10) for config in top]
+    if scale == "quick":
         return top
     near = [*grid(replace(simple, d_model=widest, parametrization="mup_intermediate"), lr=PAPER_LRS[3:6],
                   seed=range(3, 16)),
