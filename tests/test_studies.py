@@ -13,7 +13,7 @@ GOLDEN = {
     "attention_logit_growth": ("5e96c1f0", "bda4b8ce", "16b04d94", "ceddf09d"),
     "attention_patterns": ("3ad3f9e8", "d4949ad0", "10c3c07f", "037316a5"),
     "output_logit_floor": ("a49cf61d", "786af0e1", "ad518a84", "c6b9d133"),
-    "output_logit_harm": ("4eb93c53", "ac90c4c1", "3d06d85e", "fcd32fc5"),
+    "output_logit_harm": ("4eb93c53", "ac90c4c1", "9d08d04c", "fcd32fc5"),
     "output_logit_held": ("b9eca0d6", "ec22cf9e", "c0d460cf", "444533b1"),
     "output_logit_drift": ("6a26a577", "2de6a1a0", "a72325e1", "eb9eeee4"),
     "output_logit_seeds": ("ccaa61e5", "eba324b5", "3b44b52d", "f56199e7"),
