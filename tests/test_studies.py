@@ -16,8 +16,7 @@ GOLDEN = {
     "output_logit_harm": ("4eb93c53", "ac90c4c1", "9d08d04c", "fcd32fc5"),
     "output_logit_held": ("b9eca0d6", "ec22cf9e", "c0d460cf", "444533b1"),
     "output_logit_drift": ("6a26a577", "2de6a1a0", "a72325e1", "eb9eeee4"),
-    "output_logit_seeds": ("ccaa61e5", "eba324b5", "3b44b52d", "f56199e7"),
-    "output_logit_floor_long": ("e3b0c442", "2d3d521a", "e07d17f1", "04576a19"),
+    "output_logit_seeds": ("ccaa61e5", "64f2cab7", "3b44b52d", "d7c3ccfa"),
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
@@ -42,7 +41,7 @@ GOLDEN = {
     "adam_epsilon": ("1670a61c", "8b9dd974", "c9021196", "a10d9e3e"),
     "adam_epsilon_seeds": ("95c9e91f", "bc106797", "e8115663", "0725dd76"),
     "decay_by_size": ("3336e8a0", "628a621d", "66f62258", "7e8af932"),
-    "adam_epsilon_switch": ("1216b811", "603487c8", "23a59eb0", "1c86c994"),
+    "adam_epsilon_switch": ("1216b811", "625c022d", "f48482f3", "d969cd23"),
     "kss_baselines": ("776cdd93", "e9362512", "7e2738e3", "c53cd774"),
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "3f6fbdaa", "212288ad"),
     "language_text": ("769d203e", "537253f1", "765076b7", "e9a21b37"),
@@ -97,7 +96,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
                    "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "output_logit_floor_long", "muparam_more_seeds")
+                   "muparam_more_seeds")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
