@@ -88,8 +88,8 @@ def output_logit_held(scale: str) -> list[RunConfig]:
 
 
 def output_logit_seeds(scale: str) -> list[RunConfig]:
-    """New seeds in bf16, with neither cure and with z-loss at the paper's coefficient: LR 1 held to the end, read by its
-    loss and hardly probed, and LR 1 and 3 annealed."""
+    """New seeds in bf16, with neither cure and with z-loss at the paper's coefficient: LR 1 held to the end, read by
+    its loss and hardly probed, and LR 1 and 3 annealed."""
     held = output_logit_held(scale)[0]
     cures = [dict(z_loss=0.0), dict(z_loss=1e-4)]
     if scale in ("quick", "gpu"):

@@ -49,8 +49,8 @@ def decay_by_size(scale: str) -> list[RunConfig]:
 
 
 def adam_epsilon_switch(scale: str) -> list[RunConfig]:
-    """An eps of 1e-15 for half of the run, then 3, 10 and 100 times the gradient RMS that earlier runs had at that time,
-    1e-5, at the highest learning rate."""
+    """An eps of 1e-15 for half of the run, then 3, 10 and 100 times the gradient RMS that earlier runs had at that
+    time, 1e-5, at the highest learning rate."""
     first = adam_epsilon(scale)[0]
     steps = first.steps if scale == "quick" else 2 * first.steps
     setting = replace(first, lr=3e-1, eps=1e-15, steps=steps, warmup_steps=steps // 20, probe_every=steps // 20)
