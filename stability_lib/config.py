@@ -201,6 +201,8 @@ class RunConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    eps_late: float | None = None
+    """AdamW's eps from half of the steps on; None: `eps` to the end."""
     weight_decay: float = 1e-4
     decay: str = "independent"
     """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
@@ -329,8 +331,9 @@ class RunConfig:
         attention = ("attention_logit_max", "logit_growth", "attention_collapse")
         plain = dict(sam_rho=0.0, qk_lr="own")
         for what, needs in (("sharpness_every", plain | dict(optimizer="adamw", parametrization="standard")),
-                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none"))):
-            used = {"sharpness_every": self.sharpness_every > 0,
+                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none")),
+                            ("eps_late", plain | dict(optimizer="adamw"))):
+            used = {"sharpness_every": self.sharpness_every > 0, "eps_late": self.eps_late is not None,
                     "on_alarm": self.alarm != "none" and self.on_alarm == "roll_back"}[what]
             for name, value in needs.items() if used else ():
                 if getattr(self, name) != value:

@@ -298,6 +298,9 @@ class Single:
 
     def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
         optim.set_lr(self.optimizer, self.lr_factor(step)[0])
+        if self.config.eps_late is not None:
+            for group in self.optimizer.param_groups:
+                group["eps"] = optim.eps(self.config, step)
         if self.response:
             self.response.keep()
         with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:

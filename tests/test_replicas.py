@@ -67,7 +67,8 @@ def test_replicas_differ_in_every_number_of_the_training_step(tiny, double):
     base = replace(tiny, steps=50, probe_every=10, eps=0.01)
     configs = [base, *(replace(base, **{name: value}) for name, value in {
         "seed": 5, "lr": 0.1, "lr_final": 5e-3, "warmup_steps": 10, "beta1": 0.5, "beta2": 0.0, "eps": 1e-3,
-        "weight_decay": 0.1, "clip_norm": 0.1, "z_loss": 0.1, "diverge_loss": 4.0, "diverge_grad_norm": 0.5}.items())]
+        "eps_late": 1e-4, "weight_decay": 0.1, "clip_norm": 0.1, "z_loss": 0.1, "diverge_loss": 4.0,
+        "diverge_grad_norm": 0.5}.items())]
     assert {f.name for f in dataclasses.fields(base) if len({getattr(c, f.name) for c in configs}) > 1} == {
         *replicas.NUMBERS, "z_loss"}
     singles = [train_run(config) for config in configs]

@@ -20,6 +20,7 @@ GOLDEN = {
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
+    "muparam_more_seeds": ("f04b262e", "7de50814", "e18e4e28", "407a047d"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
@@ -42,6 +43,8 @@ GOLDEN = {
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
     "logit_transplant": ("d9f2a52e", "391ab8d2", "cb6115a8", "2e63cc37"),
     "adam_epsilon": ("1670a61c", "8b9dd974", "c9021196", "a10d9e3e"),
+    "adam_epsilon_seeds": ("95c9e91f", "bc106797", "e8115663", "0725dd76"),
+    "decay_by_size": ("3336e8a0", "628a621d", "66f62258", "7e8af932"),
     "kss_baselines": ("776cdd93", "e9362512", "7e2738e3", "c53cd774"),
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "3f6fbdaa", "212288ad"),
     "language_text": ("769d203e", "537253f1", "765076b7", "e9a21b37"),
@@ -98,7 +101,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
                    "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "later_remedies_larger", "later_remedies_lower")
+                   "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
