@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 
-project, author, language = "stability_lib", "The stability_lib maintainers", "en"
+PACKAGE = PROJECT["name"]
+
+project, author, language = PACKAGE, "The stability_lib maintainers", "en"
 project_copyright = f"{author}, licence {PROJECT['license']}"
 root_doc = "README"
 include_patterns = ["*.md", "notebooks/*.ipynb", "docs/*.md", "docs/*.rst", "docs/solutions/*.md", "docs/api/*.rst",
@@ -26,13 +28,15 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 templates_path = [str(ROOT / "docs" / "_templates")]  # autosummary looks from the root
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+toc_object_entries_show_parents = "hide"
 autodoc_default_options = {"members": True}
 default_role = "code"  # the docstrings' `name`
 myst_enable_extensions = ["amsmath", "dollarmath", "html_image"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_number_source_lines = False
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 suppress_warnings = ["myst.header"]  # notebooks may go from a title to a third level
 
 html_theme = "sphinx_book_theme"
@@ -109,6 +113,12 @@ def read(app, name: str, source: list[str]) -> None:
         source[0] = linked(source[0], page) + (contents() if name == root_doc else "")
 
 
+def skip(app, kind: str, name: str, member, skipped: bool, options) -> bool | None:
+    """The event `autodoc-skip-member`: a library's function that a module imports is not ours to document."""
+    home = getattr(member, "__module__", None) or PACKAGE
+    return None if home.partition(".")[0] in (PACKAGE, "builtins") else True
+
+
 def docstring(app, kind: str, name: str, of, options, lines: list[str]) -> None:
     """The event `autodoc-process-docstring`: our plain docstrings as reStructuredText."""
     text = re.sub(r"`[^`]*`|[|*]", lambda match: match[0] if match[0][0] == "`" else f"\\{match[0]}", "\n".join(lines))
@@ -117,13 +127,25 @@ def docstring(app, kind: str, name: str, of, options, lines: list[str]) -> None:
     lines[:] = text.split("\n")
 
 
-def mathml(translator, node) -> None:
-    """Formulas as MathML, which browsers draw themselves: no script, nothing fetched."""
-    import docutils.nodes
+def mathml(tex: str, display: str = "inline") -> str:
+    """A formula as MathML, which browsers draw themselves: no script, nothing fetched.
+
+    latex2mathml knows neither TeX's space about the names of functions nor bigger brackets.
+    """
     from latex2mathml.converter import convert
 
+    name = r"\\(?:cos|exp|ln|log|max|min|sup|tanh)(?![A-Za-z])"
+    tex = re.sub(r"\\[bB]ig[lr]?(?![A-Za-z])", "", tex)
+    tex = re.sub(rf"(?<=[\w}}])\s*(?={name})", r"\\,", tex)
+    return convert(re.sub(rf"({name})\s*(?=[\\\w])(?!_)", r"\1\\,", tex), display=display)
+
+
+def draw(translator, node) -> None:
+    """What Sphinx calls for a formula."""
+    import docutils.nodes
+
     block = isinstance(node, docutils.nodes.math_block)
-    formula = convert(node.astext(), display="block" if block else "inline")
+    formula = mathml(node.astext(), "block" if block else "inline")
     translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise docutils.nodes.SkipNode
 
@@ -135,8 +157,9 @@ def finish(app, exception) -> None:
 
 
 def setup(app) -> dict:
-    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+    app.add_html_math_renderer("mathml", (draw, None), (draw, None))
     app.connect("source-read", read)
+    app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", docstring, priority=400)  # napoleon is at 500
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
