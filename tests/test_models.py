@@ -21,6 +21,14 @@ def tokens(config: RunConfig, batch: int = 2) -> torch.Tensor:
     return torch.randint(V, (batch, config.seq_len))
 
 
+def test_truncated_weights_do_not_change_with_torchs_version(monkeypatch):
+    """Its `trunc_normal_` drew other weights from the same seed before 2.13."""
+    monkeypatch.delattr(nn.init, "trunc_normal_")
+    drawn = models.build(RunConfig(d_model=32, n_layers=1, n_heads=2), V).blocks[0].attention.qkv.weight
+    assert drawn.flatten()[:3].tolist() == pytest.approx([-0.069517948, 0.12464027, 0.13911957], rel=1e-6)
+    assert drawn.abs().max() <= 2 / TRUNCATED_STD / math.sqrt(32)
+
+
 def with_random_gains(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
