@@ -128,6 +128,13 @@ def test_on_colab_torch_and_the_kernel_stay_as_they_are(monkeypatch):
     assert not names & {"torch", "numpy", "ipykernel", "ipython", "ipywidgets", "jupyterlab", "transformers"}
 
 
+def test_binder_installs_what_the_lock_pins():
+    lock = (ROOT / "requirements.lock").read_text().split()
+    asked = (ROOT / ".binder" / "requirements.txt").read_text().splitlines()
+    assert "--constraint ../requirements.lock" in asked
+    assert {line for line in asked if not line.startswith("--")} <= {*lock}
+
+
 def test_the_glossary_is_in_order_and_says_where_each_term_is_shown():
     lines = [line for line in prose(Path("docs/glossary.md")).splitlines() if line.startswith("- ")]
     terms = [re.match(r"- \*\*(.+?)\*\*: ", line)[1] for line in lines]
