@@ -125,6 +125,8 @@ def docstring(app, kind: str, name: str, of, options, lines: list[str]) -> None:
     text = re.sub(r"`[^`]*`|[|*]", lambda match: match[0] if match[0][0] == "`" else f"\\{match[0]}", "\n".join(lines))
     text = re.sub(r"(\S)\n(?=- )", r"\1\n\n", text)  # a list after its sentence
     text = re.sub(r"(?<!\n)\n\n(?= {4}\S)", "\n\n::\n\n", text)  # indented code
+    if kind in ("attribute", "data", "property"):  # napoleon would take what stands before a colon for a type
+        text = f"..\n\n{text}"
     lines[:] = text.split("\n")
 
 
@@ -160,6 +162,7 @@ def finish(app, exception) -> None:
 def setup(app) -> dict:
     app.add_html_math_renderer("mathml", (draw, None), (draw, None))
     app.connect("source-read", read)
+    app.connect("env-get-outdated", lambda *_: [root_doc])  # its contents change with the folders
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", docstring, priority=400)  # napoleon is at 500
     app.connect("build-finished", finish)

@@ -88,6 +88,9 @@ def test_docstrings_become_restructured_text():
     lines = ["The |z| of `a|b`:", "- one", "- two **kw", "", "    code(x)", "", "Done."]
     CONF.docstring(None, "function", "f", None, None, lines)
     assert "\n".join(lines) == ("The \\|z\\| of `a|b`:\n\n- one\n\n- two \\*\\*kw\n\n::\n\n    code(x)\n\nDone.")
+    lines = ["Bytes of a layer: two of them."]
+    CONF.docstring(None, "data", "N", None, None, lines)
+    assert lines == ["..", "", "Bytes of a layer: two of them."]
 
 
 def test_the_book_shows_a_notebook_folded_and_without_badges():
