@@ -29,10 +29,12 @@ reference: $(VENV)/ready  ## train the committed reference again (about two and 
 promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=... SCALE=gpu
 	$(BIN)/python -m stability_lib promote $(STUDY) --scale $(SCALE)
 
-notebooks: $(VENV)/ready  ## execute the committed notebooks in place, renew the README's figure and docs/which_remedy.md
+notebooks: $(VENV)/ready  ## execute the committed notebooks in place, renew what is drawn and told from them: README, docs/figures, docs/which_remedy.md
 	$(CLEAN_RUNS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 	$(BIN)/python -c "from pathlib import Path; from stability_lib import batch; Path('docs/figure1.png').write_bytes(batch.readme_figure())"
 	$(BIN)/python -m stability_lib remedies-page
+	$(BIN)/python -m stability_lib findings
+	$(BIN)/python -m stability_lib figures
 
 site: $(VENV)/ready-site  ## build the book of chapters, docs and docstrings: reports/site/index.html, no network needed
 	rm -rf docs/api reports/site

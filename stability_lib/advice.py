@@ -107,14 +107,15 @@ def _span(values: Iterable[float], show: Callable[[float], str] = "{:g}".format)
 
 
 @functools.cache
-def board(stem: str) -> dict[str, dict]:
-    """The rows that `claims.publish` left in a chapter's committed notebook, by claim; none where there is no board."""
+def board(stem: str, scale: str | None = None) -> dict[str, dict]:
+    """The rows that `claims.publish` left in a chapter's committed notebook, by claim; none where there is no board.
+    `scale` asks for a board beside the notebook's own."""
     path = batch.notebook_folder() / f"{stem}.ipynb"
     if not path.exists():
         return {}
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return {row["claim"]: row for cell in cells for output in cell.get("outputs", [])
-            for row in output.get("data", {}).get(claims.MIME, [])}
+            for row in output.get("data", {}).get(claims.MIME, []) if row.get("scale") == scale}
 
 
 def _shown(value: float, low: float, high: float, unit: str = "") -> str:

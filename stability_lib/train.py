@@ -304,7 +304,7 @@ class Single:
             self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
         if self.clips:
             clipped = projections.clip(self.model, self.head_maxima, self.config.qk_clip)
-            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))))
+            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))), device=self.device)
         if self.kss:
             self.kss.step()
         return _with_axis(moved)
