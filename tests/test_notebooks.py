@@ -1,5 +1,7 @@
 """Committed notebooks read as chapters, were run top to bottom, and notice when a verdict flips."""
 
+import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -45,6 +47,17 @@ def test_a_notebook_is_committed_as_run_from_a_fresh_kernel(path):
 def test_a_notebook_takes_the_common_parameters_with_the_committed_scale(path):
     (cell,) = tagged(code_cells(path), "parameters")
     assert cell.source.split() == 'scale = "cpu" device = "auto" recompute = "missing"'.split()
+
+
+@by_name
+def test_a_notebook_has_its_badges_and_the_cell_for_colab(path):
+    tool = runs.project_root() / "tools" / "launch.py"
+    spec = importlib.util.spec_from_file_location("launch", tool)
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    notebook = nbformat.read(path, as_version=4)
+    assert launch.badges(path.name) in notebook.cells[0].source, "run `python tools/launch.py`"
+    assert launch.launched(copy.deepcopy(notebook), path.name) == notebook, "run `python tools/launch.py`"
 
 
 @by_name
