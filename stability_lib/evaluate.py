@@ -392,15 +392,19 @@ def forecasts(runs: pd.DataFrame, value: str, fewest: int = 2) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def failure_probability(failed: Iterable[bool], score: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Probability of failing at the scores `at` by logistic regression (scikit-learn's, with its default penalty) of
-    `failed` on `score`, both [runs] or [runs, scores]. Where all or none failed, a constant, (failures + 1) /
-    (runs + 2)."""
-    failed, score, at = _labels(failed), np.asarray(score, dtype=float), np.asarray(at, dtype=float)
+def failure_probability(failed: Iterable[bool], score: np.ndarray, at: np.ndarray, *, penalty: float = 1.0,
+                        standardise: bool = False) -> np.ndarray:
+    """Probability of failing at the scores `at` by logistic regression (scikit-learn's, whose C is 1 / `penalty`) of
+    `failed` on `score`, both [runs] or [runs, scores]. The penalty weighs on scores with little spread the most, unless
+    they `standardise` to unit variance. Where all or none failed, a constant, (failures + 1) / (runs + 2)."""
+    columns = lambda x: np.asarray(x, dtype=float).reshape(len(x), -1)  # noqa: E731
+    failed, score, at = _labels(failed), columns(score), columns(at)
     if failed.min() == failed.max():
         return np.full(len(at), (failed.sum() + 1) / (len(failed) + 2))
-    columns = lambda x: x.reshape(len(x), -1)  # noqa: E731
-    return LogisticRegression().fit(columns(score), failed).predict_proba(columns(at))[:, 1]
+    spread = score.std(0) if standardise else np.ones(score.shape[1])
+    if (spread == 0).any():
+        raise ValueError("a score that is the same for all runs has no variance to be scaled by: leave it out")
+    return LogisticRegression(C=1 / penalty).fit(score / spread, failed).predict_proba(at / spread)[:, 1]
 
 
 def _columns(names: Sequence[str]) -> list[str]:

@@ -486,6 +486,18 @@ def test_the_probability_of_failing_rises_with_the_score_and_is_a_constant_where
     assert evaluate.failure_probability([1, 1], [1, 2], [0]) == pytest.approx([3 / 4])
 
 
+def test_a_failure_probability_of_standardised_scores_does_not_depend_on_their_unit():
+    score = np.random.default_rng(0).normal(size=(60, 2))
+    failed = score[:, 0] + 0.3 * score[:, 1] > 0.2
+    chance = lambda unit, **rule: evaluate.failure_probability(failed, unit * score, unit * score, **rule)  # noqa: E731
+    assert chance(1.0, standardise=True) == pytest.approx(chance(0.1, standardise=True))
+    assert np.abs(chance(0.1) - chance(1.0)).max() > 0.1
+    sure = np.abs(chance(1.0, penalty=1e-3) - 0.5).mean()
+    assert sure > np.abs(chance(1.0, penalty=1.0) - 0.5).mean() + 0.05
+    with pytest.raises(ValueError, match="no variance to be scaled by: leave it out"):
+        evaluate.failure_probability([0, 1], [2.0, 2.0], [2.0], standardise=True)
+
+
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.999])
 def test_every_estimate_gives_its_interval_at_any_level(level):
     x = [1.0, 2.0, 4.0]
