@@ -13,6 +13,7 @@ from shutil import copyfile
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
+PUBLISHED = "/OWNER/" not in REPOSITORY
 
 PACKAGE = PROJECT["name"]
 
@@ -48,10 +49,11 @@ html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
 html_copy_source = html_domain_indices = False
 html_theme_options = {
-    "repository_url": REPOSITORY, "repository_branch": "main", "path_to_docs": "", "use_repository_button": True,
+    "repository_url": REPOSITORY, "repository_branch": "main", "path_to_docs": "", "use_repository_button": PUBLISHED,
     "navbar_persistent": [], "use_download_button": False, "home_page_in_toc": True, "show_navbar_depth": 1,
     "show_toc_level": 2,
-    "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org"},
+    "launch_buttons": {"colab_url": "https://colab.research.google.com",
+                       "binderhub_url": "https://mybinder.org"} if PUBLISHED else {},
 }
 
 

@@ -56,6 +56,9 @@ def test_a_notebook_has_its_badges_and_the_cell_for_colab(path):
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
     notebook = nbformat.read(path, as_version=4)
+    if not launch.published():
+        assert "colab.research" not in notebook.cells[0].source, "set project.urls.Repository in pyproject.toml"
+        return
     assert launch.badges(path.name) in notebook.cells[0].source, "run `python tools/launch.py`"
     assert launch.launched(copy.deepcopy(notebook), path.name) == notebook, "run `python tools/launch.py`"
 

@@ -3,7 +3,8 @@
     python tools/launch.py             all notebooks, in place; what is right already stays as it is
     python tools/launch.py --check     only say which notebooks lack them
 
-The repository's address is `project.urls.Repository` in pyproject.toml, and nowhere else.
+The repository's address is `project.urls.Repository` in pyproject.toml, and nowhere else. While it names no owner the
+notebooks have no badges, as those would lead nowhere.
 """
 
 import re
@@ -18,6 +19,10 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 EXTRAS = {"pretrained": r"\b(transformers|checkpoint)\b", "lightning": r"\bimport lightning\b"}
 """Optional parts of the project, and what a notebook's code shows that it needs them."""
 BADGE = re.compile(r"^\[!\[Open in Colab\].*\n\n", flags=re.M)
+
+
+def published() -> bool:
+    return "/OWNER/" not in REPOSITORY
 
 
 def badges(name: str) -> str:
@@ -62,6 +67,9 @@ def launched(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNod
 
 
 def main(arguments: list[str]) -> int:
+    if not published():
+        print(f"{REPOSITORY} is no address: set project.urls.Repository in pyproject.toml, then run this again")
+        return 2
     lacking = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         before = path.read_text(encoding="utf-8")
