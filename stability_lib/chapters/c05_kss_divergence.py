@@ -96,6 +96,13 @@ def kss_divergence(scale: str) -> list[RunConfig]:
     return grid(control(scale), arm=arms, lr=control_lrs(scale), seed=control_seeds(scale))
 
 
+def kss_more_seeds(scale: str) -> list[RunConfig]:
+    """No control at the rates of `kss_divergence` with six more seeds: is it really most that diverge?"""
+    seeds = range(6) if scale == "cpu" else range(3)
+    lrs = control_lrs(scale) if scale == "cpu" else control_lrs(scale)[-1:]
+    return grid(control(scale, spectra_every=0), lr=lrs, seed=seeds)
+
+
 def kss_dose(scale: str) -> list[RunConfig]:
     """Divergence against alpha and how often KSS is applied, beside what `kss_divergence` has of it."""
     alphas, everies = {"quick": ([0.15, 5.0], [1, 10]), "gpu": ([0.15, 1.5, 5.0, 20.0], [1, 10])}.get(
@@ -236,8 +243,8 @@ def kss_longer(scale: str) -> list[RunConfig]:
     return grid(setting, arm=[EVERY_STEP], shaping_alpha=doses, seed=control_seeds(scale))
 
 
-STUDIES = (kss_divergence, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair, kss_window, kss_matched,
-           kss_warm_up, kss_wider, kss_longer)
+STUDIES = (kss_divergence, kss_more_seeds, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair, kss_window,
+           kss_matched, kss_warm_up, kss_wider, kss_longer)
 
 AT_PAPER = "KSS 0.15 at every tenth step minus"
 CLAIMS = (
