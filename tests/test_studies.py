@@ -29,7 +29,7 @@ GOLDEN = {
     "kss_ablations": ("910f9844", "37232e21", "05490960", "2bc26a1d"),
     "kss_learning": ("1bf15f0b", "942fd47d", "e24c2291", "510de25f"),
     "kss_fair": ("d3f455cb", "bcd13260", "d33e0240", "215d7142"),
-    "kss_matched": ("fd4d0110", "d89842e7", "c2421465", "21fb434d"),
+    "kss_matched": ("fd4d0110", "6bc5218d", "c2421465", "21fb434d"),
     "warm_up": ("a2c184b8", "438102f6", "1b36ba46", "56e4d0f6"),
     "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
     "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
