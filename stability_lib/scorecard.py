@@ -127,11 +127,6 @@ def says(name: str, unit: str = "", **words: str) -> str:
     return f"{words[key]} ({estimate}; chapter [{rest}"
 
 
-def stated(name: str) -> bool:
-    """Whether a chapter makes this claim."""
-    return any(claim.id == name for stem in studies.modules() for claim in claims.of_chapter(stem))
-
-
 def tally(of: str, verdict: str) -> int:
     """How many claims of a group have a verdict; `any` counts them all."""
     if of not in ORDER:
