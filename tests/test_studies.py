@@ -33,7 +33,7 @@ GOLDEN = {
     "other_optimizers": ("a51d710d", "00d70c7b", "983c199c", "28d3551e"),
     "digits": ("007a9e37", "f3d28258", "c0c5e9d1", "aced07d3"),
     "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
-    "width_and_depth_wider": ("8c048e7d", "6cd7de55", "6d63ec1e", "2a2b48ab"),
+    "width_and_depth_wider": ("8c048e7d", "ed476010", "6d63ec1e", "2a2b48ab"),
     "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
     "logit_transplant": ("d9f2a52e", "391ab8d2", "cb6115a8", "2e63cc37"),
