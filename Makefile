@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CLEAN_RUNS := STABILITY_LIB_HEADLESS=1 STABILITY_LIB_RUNS=$$(mktemp -d)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help reproduce test lab reference promote notebooks audit benchmark gpu-check lock clean
+.PHONY: help reproduce test lab reference promote notebooks site audit benchmark gpu-check lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,10 +29,16 @@ reference: $(VENV)/ready  ## train the committed reference again (about two and 
 promote: $(VENV)/ready  ## make your local runs of a study the committed reference: make promote STUDY=... SCALE=gpu
 	$(BIN)/python -m stability_lib promote $(STUDY) --scale $(SCALE)
 
-notebooks: $(VENV)/ready  ## execute the committed notebooks in place, renew the README's figure and docs/which_remedy.md
+notebooks: $(VENV)/ready  ## execute the committed notebooks in place, renew what is drawn and told from them: README, docs/figures, docs/which_remedy.md
 	$(CLEAN_RUNS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 	$(BIN)/python -c "from pathlib import Path; from stability_lib import batch; Path('docs/figure1.png').write_bytes(batch.readme_figure())"
 	$(BIN)/python -m stability_lib remedies-page
+	$(BIN)/python -m stability_lib findings
+	$(BIN)/python -m stability_lib figures
+
+site: $(VENV)/ready-site  ## build the book of chapters, docs and docstrings: reports/site/index.html, no network needed
+	rm -rf docs/api reports/site
+	$(CLEAN_RUNS) $(BIN)/python -m sphinx -W --keep-going -q -c docs -d reports/site-doctrees . reports/site
 
 N ?= 5
 audit: $(VENV)/ready  ## train N random reference runs again and compare: make audit N=5
@@ -62,4 +68,8 @@ $(VENV)/ready: pyproject.toml requirements.lock requirements-nodeps.txt
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(PIP_INSTALL) --constraint requirements.lock --editable '.[test]'
+	touch $@
+
+$(VENV)/ready-site: $(VENV)/ready
+	$(PIP_INSTALL) --constraint requirements.lock --editable '.[site]'
 	touch $@

@@ -45,7 +45,7 @@ def step_seconds(config: RunConfig, n: int, compiled: bool, device: str) -> floa
     learner = Replicas([replace(config, seed=i) for i in range(n)], vocab, device) if n else train.Single(
         config, vocab, device)
     if compiled:
-        learner.losses = torch.compile(learner.losses)
+        learner.losses = torch.compile(learner.losses, dynamic=False)
     step = itertools.count()
 
     def seconds(steps: int) -> float:
@@ -90,6 +90,11 @@ def table(device: str, quick: bool, limit: float) -> list[str]:
             seconds = step_seconds(config, n, compiled, device) / max(1, n)
         except torch.OutOfMemoryError:
             rows.append(f"{name} out of memory | | |")
+            continue
+        except RuntimeError as error:
+            if not compiled:
+                raise
+            rows.append(f"{name} does not compile: {type(error).__name__} | | |")
             continue
         if not n:
             alone[d, precision] = seconds

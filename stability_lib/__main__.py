@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         command = {"reproduce": _reproduce, "reference": _reference, "promote": _promote, "audit": _audit,
-                   "profile": _profile, "remedies-page": _remedies_page}
+                   "profile": _profile, "remedies-page": _remedies_page, "figures": _figures, "findings": _findings}
         return command[options.command](options)
     except (ValueError, TypeError, runs.StoreError, runs.MissingRuns, cluster.ClusterError, data.DataError,
             OSError, ImportError) as error:
@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("remedies-page", help="render docs/which_remedy.md from its template, the notebooks' boards "
                         "and the committed runs")
+    commands.add_parser("figures", help="draw the pictures of README, site and chapters into docs/figures")
+    commands.add_parser("findings", help="write what was found into README.md, from the notebooks' boards")
 
     for command in (reproduce, reference, audit, profile):
         command.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default auto)")
@@ -157,6 +159,20 @@ def _remedies_page(options) -> int:
     from . import advice  # drawing libraries take seconds to import
 
     print(f"page: {advice.write()}")
+    return 0
+
+
+def _figures(options) -> int:
+    from . import pictures  # drawing libraries take seconds to import
+
+    print("\n".join(f"picture: {path}" for path in pictures.write()))
+    return 0
+
+
+def _findings(options) -> int:
+    from . import scorecard
+
+    print(f"findings: {scorecard.write_findings()}")
     return 0
 
 

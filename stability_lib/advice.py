@@ -107,14 +107,15 @@ def _span(values: Iterable[float], show: Callable[[float], str] = "{:g}".format)
 
 
 @functools.cache
-def board(stem: str) -> dict[str, dict]:
-    """The rows that `claims.publish` left in a chapter's committed notebook, by claim; none where there is no board."""
+def board(stem: str, scale: str | None = None) -> dict[str, dict]:
+    """The rows that `claims.publish` left in a chapter's committed notebook, by claim; none where there is no board.
+    `scale` asks for a board beside the notebook's own."""
     path = batch.notebook_folder() / f"{stem}.ipynb"
     if not path.exists():
         return {}
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return {row["claim"]: row for cell in cells for output in cell.get("outputs", [])
-            for row in output.get("data", {}).get(claims.MIME, [])}
+            for row in output.get("data", {}).get(claims.MIME, []) if row.get("scale") == scale}
 
 
 def _shown(value: float, low: float, high: float, unit: str = "") -> str:
@@ -285,9 +286,9 @@ def collapsed(load_balance: float) -> str:
     return _count(peaks > 0.5)
 
 
-def less_sensitive(arm: str) -> str:
-    """LR sensitivity under a later remedy minus that under none (chapter 17)."""
-    tried = _committed("later_remedies")
+def less_sensitive(arm: str, study: str = "later_remedies") -> str:
+    """LR sensitivity under a later remedy minus that under none, at one size (chapter 17)."""
+    tried = _committed(study)
     tried = tried.assign(arm=[c17.arm(run) for run in tried.to_dict("records")])
     found = evaluate.lr_sensitivity(tried[tried["lr"] >= 1e-2], ["arm"])
     return _estimate(evaluate.difference(found, "lr_sensitivity", "arm", arm, c17.NONE, ["seed"]), "nats")

@@ -31,6 +31,14 @@ def inner_norm(width: int, config: RunConfig) -> nn.Module:
     return layer_norm(width, config) if config.norm == "subln" else nn.Identity()
 
 
+def qk_norm(config: RunConfig) -> nn.Module:
+    """What queries, or keys, pass through before their product."""
+    if config.qk_norm == "head_fixed":
+        return nn.LayerNorm(config.d_head, eps=config.layernorm_eps, elementwise_affine=False)
+    width = {"none": None, "head": config.d_head, "model": config.d_model}[config.qk_norm]
+    return layer_norm(width, config) if width else nn.Identity()
+
+
 def rotary_table(length: int, head_size: int, base: float) -> Tensor:
     """Rotations of rotary positions (RoFormer), real view of complex numbers, [T, E/2, 2]."""
     frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
@@ -96,9 +104,7 @@ class Attention(nn.Module):
         self.gate = nn.Linear(d, d, bias=config.biases) if config.attention_gate else None
         self.inner_norm = inner_norm(d, config)
         self.out = nn.Linear(d, d, bias=config.biases)
-        normed = {"none": None, "head": config.d_head, "model": d}[config.qk_norm]
-        self.q_norm = layer_norm(normed, config) if normed else nn.Identity()
-        self.k_norm = layer_norm(normed, config) if normed else nn.Identity()
+        self.q_norm, self.k_norm = qk_norm(config), qk_norm(config)
         self.kappa = config.logit_transplant
         self.core = AttentionCore(config)
         rotary = config.positions == "rotary"
@@ -110,7 +116,7 @@ class Attention(nn.Module):
         if self.qk_norm == "model":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
-        if self.qk_norm == "head":
+        if self.qk_norm in ("head", "head_fixed"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kappa is not None:
             q, k = transplant(q, self.kappa), transplant(k, self.kappa)

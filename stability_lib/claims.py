@@ -128,10 +128,13 @@ def tally(verdicts: pd.Series) -> str:
     return ", ".join(f"{(verdicts == name).sum()} {name}" for name in VERDICTS if (verdicts == name).any())
 
 
-def publish(board: pd.DataFrame) -> None:
-    """Show the scoreboard as a table under a line that counts it, and leave it in the notebook as data for the
-    report."""
-    line = (f"{len(board)} claims: {tally(board['verdict'])}. Adjusted for judging {len(board)} at once (Holm): "
+def publish(board: pd.DataFrame, scale: str | None = None) -> None:
+    """Show the scoreboard as a table under a line that counts it, and leave it in the notebook as data for the report
+    and the scorecard. Name the `scale` of a board that is not of the notebook's own: a second one beside it."""
+    if scale is not None:
+        board = board.assign(scale=scale)
+    line = (f"{f'Scale {scale}, ' if scale else ''}{len(board)} claims: {tally(board['verdict'])}. "
+            f"Adjusted for judging {len(board)} at once (Holm): "
             f"{tally(board['adjusted'])}.")
     with pd.option_context("display.max_colwidth", None):
         display({"text/html": f"<p>{html.escape(line)}</p>{board.to_html(index=False, escape=True)}",

@@ -53,7 +53,7 @@ CHOICES = {
     "norm": ("pre_ln", "rmsnorm", "post_ln", "deepnorm", "deepnorm_pre", "subln", "no_norm"),
     "positions": ("rotary", "learned"),
     "init": ("fan_in", "gpt2", "pytorch", "xavier"),
-    "qk_norm": ("none", "head", "model"),
+    "qk_norm": ("none", "head", "model", "head_fixed"),
     "mixer": ("attention", "mamba"),
     "mlp": ("gelu", "moe", "kan"),
     "attention": ("softmax", "squared_relu"),
@@ -164,7 +164,7 @@ class RunConfig:
     `weight_norm` trains the norm and the direction of each row apart."""
     qk_norm: str = "head"
     """`head`: LayerNorm of each head's query and key, weights shared by heads; `model`: over all of
-    d_model (Fig. E.8); `none`."""
+    d_model (Fig. E.8); `head_fixed`: `head` without trained gains; `none`."""
     attention: str = "softmax"
     """`squared_relu`: pointwise relu(z)^2 / sqrt(seq_len) in place of the softmax (Fig. E.11)."""
     attention_scale: str = "parametrization"
@@ -201,6 +201,8 @@ class RunConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    eps_late: float | None = None
+    """AdamW's eps from half of the steps on; None: `eps` to the end."""
     weight_decay: float = 1e-4
     decay: str = "independent"
     """`independent`: theta -= s_t lambda theta whatever the LR (Sec. 3.2.2); `pytorch`: theta -= s_t lr lambda theta,
@@ -329,8 +331,9 @@ class RunConfig:
         attention = ("attention_logit_max", "logit_growth", "attention_collapse")
         plain = dict(sam_rho=0.0, qk_lr="own")
         for what, needs in (("sharpness_every", plain | dict(optimizer="adamw", parametrization="standard")),
-                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none"))):
-            used = {"sharpness_every": self.sharpness_every > 0,
+                            ("on_alarm", plain | dict(optimizer="adamw", shaping="none")),
+                            ("eps_late", plain | dict(optimizer="adamw"))):
+            used = {"sharpness_every": self.sharpness_every > 0, "eps_late": self.eps_late is not None,
                     "on_alarm": self.alarm != "none" and self.on_alarm == "roll_back"}[what]
             for name, value in needs.items() if used else ():
                 if getattr(self, name) != value:

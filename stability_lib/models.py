@@ -220,8 +220,13 @@ def _draw_(weight: Tensor, config: RunConfig, generator: torch.Generator) -> Non
 
 
 def _truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """What torch 2.13's `trunc_normal_` draws; those of other versions draw other weights from the same seed."""
     std = std / _TRUNCATED_STD
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    bound = weight.new_tensor(2 * std).item()
+    weight.normal_(0.0, std, generator=generator)
+    while (beyond := weight.abs() > bound).any():
+        again = torch.empty_like(weight).normal_(0.0, std, generator=generator)
+        weight.copy_(torch.where(beyond, again, weight))
 
 
 def n_params(config: RunConfig) -> int:

@@ -18,6 +18,11 @@ def schedule(config: RunConfig, step: int) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def eps(config: RunConfig, step: int) -> float:
+    """AdamW's eps at 0-based `step`."""
+    return config.eps if config.eps_late is None or 2 * step < config.steps else config.eps_late
+
+
 def lr_multipliers(model: nn.Module, config: RunConfig) -> dict[str, float]:
     """Per parameter name, the factor on the LR: base fan-in / fan-in for linear layers under muParam, else 1.
 

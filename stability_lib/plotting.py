@@ -14,16 +14,19 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from scipy.stats import gmean
 from sklearn.isotonic import IsotonicRegression
 
-from .evaluate import extrapolate, geometric_mean, mean
+from .evaluate import Estimate, extrapolate, geometric_mean, mean
 from .runs import curve
 
-LINE = {"none": "--", "head": "-", "model": ":", "neither": "--", "z-loss": "-", "weight decay": ":",
-        "stronger z-loss": "-.", "without KSS": "--", "with KSS": "-"}
+LINE = {"none": "--", "head": "-", "model": ":", "head_fixed": "-.", "neither": "--", "z-loss": "-",
+        "weight decay": ":", "stronger z-loss": "-.", "without KSS": "--", "with KSS": "-"}
 """Line style by qk-norm, by what holds the output logits, by KSS: dashed without."""
-QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model"}
+QK_LABEL = {"none": "without qk-norm", "head": "with qk-norm", "model": "qk-norm over the model",
+            "head_fixed": "qk-norm, gains fixed"}
 PARAMETRIZATION_LABEL = {"standard": "standard", "mup_simple": "muParam (simple)",
                          "mup_intermediate": "muParam (intermediate)", "mup_full": "muParam (full)"}
 CURES = {name: sns.color_palette("dark")[i] for name, i in (("neither", 0), ("z-loss", 1), ("weight decay", 2),
@@ -254,10 +257,45 @@ def forecasts_by_group(ax: Axes, frame: pd.DataFrame, group: str, actual: str, f
 
 
 def pattern(ax: Axes, weights: list[list[float]], title: str) -> Axes:
-    """One attention pattern [query][key] as an image."""
-    ax.imshow(np.asarray(weights), cmap="rocket_r", vmin=0, vmax=1, interpolation="nearest")
-    ax.set(title=title, xticks=[], yticks=[])
+    """One causal attention pattern [query][key] as an image, colours by the square root of the weight, as most are
+    small; keys that a query does not see are grey."""
+    seen = np.tril(np.ones_like(weights, dtype=bool))
+    ax.imshow(np.where(seen, weights, np.nan), cmap="rocket_r", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[], facecolor="0.85")
     ax.grid(False)
+    return ax
+
+
+def at_lr(axes: Iterable[Axes], runs: pd.DataFrame, lr: float) -> None:
+    """What one learning rate does to one model, without and with qk-norm, on two axes: where it lies on the curve of
+    final loss (`loss`), and the largest attention logit of block 0 over training; 1e4 dotted (paper P, Figs 1, 2)."""
+    curves, logits = axes
+    known, paint = curve(runs, "attention_logit_max/block0"), {"none": "#b8560b", "head": "#0b4f8a"}
+    lines(curves, runs, "lr", "loss", "qk_norm", style="qk_norm", palette=paint)
+    lines(logits, known[known["lr"] == lr], "step", "value", "qk_norm", style="qk_norm", palette=paint,
+          band="log interval")
+    dots = runs[runs["lr"] == lr]
+    curves.scatter(dots["lr"], dots["loss"], s=36, color=dots["qk_norm"].map(paint), zorder=3)
+    curves.axvline(lr, color="0.6", lw=1)
+    logits.axhline(1e4, color="0.4", lw=1, ls=":")
+    curves.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
+    logits.set(yscale="log", ylim=(known["value"].min() / 2, 2 * known["value"].max()), xlabel="training step",
+               ylabel="largest attention logit, block 0", title=f"learning rate {lr:g}")
+
+
+def intervals(ax: Axes, estimates: Iterable[Estimate | None], colour: object = "0.25",
+              zero: float | None = 0.0) -> Axes:
+    """Estimates with their 95% intervals, one a line from the top down, an empty line for None; hollow where an
+    interval has no width, a line at `zero`."""
+    found = list(estimates)
+    for height, estimate in enumerate(found):
+        if estimate is not None:
+            exact = np.isclose(estimate.low, estimate.high)
+            ax.hlines(height, estimate.low, estimate.high, color=colour, lw=2)
+            ax.scatter(estimate.value, height, s=36, color="white" if exact else colour, edgecolors=colour, zorder=3)
+    if zero is not None:
+        ax.axvline(zero, color="0.4", lw=1)
+    ax.set(ylim=(len(found) - 0.5, -0.5), yticks=range(len(found)))
     return ax
 
 
@@ -270,12 +308,16 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, object]]) -> Axes:
 
 
 def show() -> None:
-    """Display the current figure and nothing else, labels at line ends moved apart where they would overlap.
+    """Display the current figure and nothing else, as `picture` makes it."""
+    display(Image(picture(plt.gcf())))
+
+
+def picture(figure: Figure) -> bytes:
+    """A figure as PNG, labels at line ends moved apart where they would overlap; the figure is closed.
 
     That can only be done last, when scales and limits are final. The picture has 256 colours, which a reader cannot
     tell from millions in a plot, and which make a notebook a third as large.
     """
-    figure = plt.gcf()
     figure.canvas.draw()
     for ax in figure.axes:
         labels = [text for text in ax.texts if text.get_gid() == _END]
@@ -283,11 +325,11 @@ def show() -> None:
         spread = _apart(heights, 1.25 * labels[0].get_fontsize() * figure.dpi / 72) if labels else heights
         for label, shift in zip(labels, (spread - heights) * 72 / figure.dpi, strict=True):
             label.set_position((6, shift))
-    drawn, picture = io.BytesIO(), io.BytesIO()
+    drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight")
     plt.close(figure)
-    PIL.Image.open(drawn).convert("RGB").quantize(dither=PIL.Image.Dither.NONE).save(picture, "png", optimize=True)
-    display(Image(picture.getvalue()))
+    PIL.Image.open(drawn).convert("RGB").quantize(dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def _apart(heights: np.ndarray, gap: float) -> np.ndarray:

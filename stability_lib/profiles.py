@@ -248,9 +248,9 @@ def _restored(value, kind: type):
     return np.ascontiguousarray(numbers.T).view(complex)[:, 0] if numbers.ndim == 2 else numbers
 
 
-def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
+def draw_eigenvalues(ax: "Axes", profile: Profile, bar: bool = True) -> "Axes":
     """Every layer's eigenvalues in the complex plane, darker with depth, the unit circle and, shaded, the ring of M1
-    (paper K, Fig. 1)."""
+    (paper K, Fig. 1); `bar`: with a bar of colours for the layers."""
     from matplotlib.cm import ScalarMappable  # drawing libraries take seconds to import: not in training processes
     from matplotlib.colors import Normalize
     from matplotlib.patches import Wedge
@@ -265,7 +265,8 @@ def draw_eigenvalues(ax: "Axes", profile: Profile) -> "Axes":
     for layer in profile.layers:
         ax.scatter(layer.eigenvalues.real, layer.eigenvalues.imag, s=8, alpha=0.6, linewidths=0,
                    color=hue.to_rgba(layer.layer))
-    ax.figure.colorbar(hue, ax=ax, label="layer", ticks=MaxNLocator(integer=True))
+    if bar:
+        ax.figure.colorbar(hue, ax=ax, label="layer", ticks=MaxNLocator(integer=True))
     ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
     return ax
 

@@ -23,7 +23,7 @@ from .config import RunConfig, non_default, replace
 from .train import RunResult
 
 NUMBERS = {"seed": 0, "lr": 1e-9, "lr_final": 0.0, "warmup_steps": 0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0,
-           "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
+           "eps_late": None, "weight_decay": 0.0, "clip_norm": None, "diverge_loss": None, "diverge_grad_norm": None}
 """In what replicas may differ, with a value that stands for all; also in `z_loss`, where all have one or none has."""
 ALONE = {"optimizer": "adamw", "sam_rho": 0.0, "gradient_penalty": 0.0, "shaping": "none", "spectra_every": 0,
          "reparametrization": "none", "mixer": "attention", "mlp": "gelu", "qk_clip": None, "qk_lr": "own",
@@ -330,8 +330,8 @@ class Replicas:
     def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
         """AdamW as torch computes it, with LR, betas, eps and decay of each replica and parameter group."""
         factor_Rx1 = _host_column(self.lr_factor(step))
-        beta1, beta2, eps = (_host_column([getattr(run.config, name) for run in self.runs])
-                             for name in ("beta1", "beta2", "eps"))
+        beta1, beta2 = (_host_column([getattr(run.config, name) for run in self.runs]) for name in ("beta1", "beta2"))
+        eps = _host_column([optim.eps(run.config, step) for run in self.runs])
         peak_RxG, decay_RxG = torch.tensor(self._groups, dtype=torch.float64).unbind(-1)
         lr_RxG, t = factor_Rx1 * peak_RxG, step + 1
         numbers = [1 - beta1, beta2, 1 - beta2, (1 - beta2**t).sqrt(), eps, lr_RxG / (1 - beta1**t),

@@ -298,13 +298,16 @@ class Single:
 
     def update(self, step: int, batch: Tensor, probe: bool) -> probes.Readings:
         optim.set_lr(self.optimizer, self.lr_factor(step)[0])
+        if self.config.eps_late is not None:
+            for group in self.optimizer.param_groups:
+                group["eps"] = optim.eps(self.config, step)
         if self.response:
             self.response.keep()
         with probes.updates(self.model) if probe else contextlib.nullcontext({}) as moved:
             self.optimizer.step(*([lambda: self._climb(batch[0])] if self.config.sam_rho else []))
         if self.clips:
             clipped = projections.clip(self.model, self.head_maxima, self.config.qk_clip)
-            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))))
+            moved["clipped_heads"] = torch.tensor(float(sum(map(len, clipped.values()))), device=self.device)
         if self.kss:
             self.kss.step()
         return _with_axis(moved)

@@ -512,6 +512,12 @@ def test_the_audit_is_as_strict_as_a_run_is_stable(logits, loss, agrees):
     assert batch._agree(was.replace("ok", "diverged"), now, list(logits), tolerance=0.02) is False
 
 
+@pytest.mark.parametrize(("torch", "init", "elsewhere"), [("2.11.0+cu130", "fan_in", True), ("2.13.0", "fan_in", False),
+                                                          ("2.11.0", "gpt2", False), ("10.2.0", "fan_in", False)])
+def test_the_audit_knows_runs_that_an_older_torch_started_from_other_weights(torch, init, elsewhere):
+    assert batch._started_elsewhere(pd.Series(dict(init=init, provenance={"torch": torch}))) is elsewhere
+
+
 def reference_of(checkout, study, rows):
     (checkout / "data" / "runs" / f"{study}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -553,3 +559,11 @@ def test_the_audit_and_the_reference_take_a_scale_and_a_cluster(checkout, monkey
     assert main(["audit"]) == 2 and "lacks the run" in capsys.readouterr().err  # of the other scale
     assert main(["audit", "--scale", "quick"]) == 2
     assert main(["audit", "--cluster", "nowhere"]) == 2
+
+
+def test_a_session_reads_what_the_store_holds_of_another_scale_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("STABILITY_LIB_RUNS", str(tmp_path / "none"))
+    monkeypatch.setattr(runs, "ensure", None)
+    session = batch.Session("quick")
+    assert len(session.stored("first_look", "cpu")) == len(studies.configs("first_look", "cpu"))
+    assert len(session.stored("first_look", "paper")) == 0

@@ -111,6 +111,10 @@ def test_a_published_board_counts_its_claims_and_both_kinds_of_verdict(board, mo
     assert shown["text/plain"].splitlines()[0] == line
     assert line in shown["text/html"]
     assert [row["adjusted"] for row in shown[claims.MIME]] == ["reproduced", "undecided"]
+    assert not any("scale" in row for row in shown[claims.MIME])
+    claims.publish(board, "gpu")
+    assert [row["scale"] for row in shown[claims.MIME]] == ["gpu", "gpu"]
+    assert shown["text/plain"].startswith("Scale gpu, 2 claims: ")
 
 
 def test_a_flipped_verdict_fails_the_check_and_an_unrecorded_scale_does_not(board, monkeypatch, tmp_path, capsys):

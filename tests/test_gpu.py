@@ -55,7 +55,11 @@ ALONE = {"gradient penalty": {"gradient_penalty": 0.01},
          "spectral norm": {"reparametrization": "spectral_norm"},
          "sigma reparam": {"reparametrization": "sigma_reparam"},  # not Muon, which rounds to bf16 on the way
          "QK-clip": {"qk_clip": 3.0, "qk_norm": "none"}, "norms of each other": {"qk_lr": "other_norm"},
-         "weight norm": {"reparametrization": "weight_norm", "init": "pytorch"}}
+         "weight norm": {"reparametrization": "weight_norm", "init": "pytorch"},
+         "experts": {"mlp": "moe"}, "KAN": {"mlp": "kan"}, "Mamba": {"mixer": "mamba", "qk_norm": "none"},
+         "sharpness": {"sharpness_every": 8, "signals_every": 1},
+         "roll back": {"alarm": "step", "alarm_above": 12.0, "on_alarm": "roll_back", "roll_back_by": 4},
+         "halve": {"alarm": "step", "alarm_above": 12.0, "on_alarm": "halve_lr"}}
 
 
 def in_double(patch: pytest.MonkeyPatch) -> None:

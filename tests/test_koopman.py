@@ -765,6 +765,9 @@ def test_figures_draw_every_layer(tiny):
     _, (left, right) = plt.subplots(1, 2)
     assert koopman.draw_eigenvalues(left, found) is left and koopman.draw_depth(right, found) is right
     assert len(left.collections) == len(found.layers) and len(right.lines) == 3
+    figure, ax = plt.subplots()
+    koopman.draw_eigenvalues(ax, found, bar=False)
+    assert figure.axes == [ax]
     plt.close("all")
 
 

@@ -21,6 +21,14 @@ def tokens(config: RunConfig, batch: int = 2) -> torch.Tensor:
     return torch.randint(V, (batch, config.seq_len))
 
 
+def test_truncated_weights_do_not_change_with_torchs_version(monkeypatch):
+    """Its `trunc_normal_` drew other weights from the same seed before 2.13."""
+    monkeypatch.delattr(nn.init, "trunc_normal_")
+    drawn = models.build(RunConfig(d_model=32, n_layers=1, n_heads=2), V).blocks[0].attention.qkv.weight
+    assert drawn.flatten()[:3].tolist() == pytest.approx([-0.069517948, 0.12464027, 0.13911957], rel=1e-6)
+    assert drawn.abs().max() <= 2 / TRUNCATED_STD / math.sqrt(32)
+
+
 def with_random_gains(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
@@ -102,7 +110,7 @@ def test_training_flops_are_those_of_the_matrix_products(tiny, changes):
 # attention
 
 @pytest.mark.parametrize("factor", [1.0, 1e3])
-@pytest.mark.parametrize("qk_norm", ["head", "model"])
+@pytest.mark.parametrize("qk_norm", ["head", "head_fixed", "model"])
 def test_qk_norm_bounds_the_logits_however_large_the_weights(tiny, qk_norm, factor):
     """|q|^2 <= d_h after a LayerNorm per head and sum_h |q_h|^2 <= d over the width, and rotations keep norms."""
     config = replace(tiny, qk_norm=qk_norm)
@@ -114,7 +122,7 @@ def test_qk_norm_bounds_the_logits_however_large_the_weights(tiny, qk_norm, fact
                 weight[:, 0] += factor
     with probes.watch(model) as readings:
         model(tokens(config))
-    bound = {"head": config.d_head, "model": config.d_model}[qk_norm] / math.sqrt(config.d_head)
+    bound = {"model": config.d_model}.get(qk_norm, config.d_head) / math.sqrt(config.d_head)
     for i in range(config.n_layers):
         assert readings[f"attention_logit_max/block{i}"] <= bound * (1 + 1e-5)
     if factor > 1:
@@ -134,8 +142,15 @@ def test_heads_share_the_gain_of_their_norm(tiny):
     assert model.blocks[0].attention.q_norm.weight.shape == (tiny.d_head,)
     wide = models.build(replace(tiny, qk_norm="model"), V)
     assert wide.blocks[0].attention.k_norm.weight.shape == (tiny.d_model,)
-    bare = models.build(replace(tiny, qk_norm="none"), V)
-    assert not list(bare.blocks[0].attention.q_norm.parameters())
+    for without in ("none", "head_fixed"):
+        bare = models.build(replace(tiny, qk_norm=without), V)
+        assert not list(bare.blocks[0].attention.q_norm.parameters())
+
+
+def test_fixed_gains_are_those_that_training_starts_from(tiny):
+    trained, fixed = (models.build(replace(tiny, qk_norm=qk_norm), V) for qk_norm in ("head", "head_fixed"))
+    batch = tokens(tiny)
+    torch.testing.assert_close(trained(batch), fixed(batch))
 
 
 def test_rotary_logits_depend_on_the_distance_only():

@@ -1,5 +1,7 @@
 """Committed notebooks read as chapters, were run top to bottom, and notice when a verdict flips."""
 
+import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -48,6 +50,20 @@ def test_a_notebook_takes_the_common_parameters_with_the_committed_scale(path):
 
 
 @by_name
+def test_a_notebook_has_its_badges_and_the_cell_for_colab(path):
+    tool = runs.project_root() / "tools" / "launch.py"
+    spec = importlib.util.spec_from_file_location("launch", tool)
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    notebook = nbformat.read(path, as_version=4)
+    if not launch.published():
+        assert "colab.research" not in notebook.cells[0].source, "set project.urls.Repository in pyproject.toml"
+        return
+    assert launch.badges(path.name) in notebook.cells[0].source, "run `python tools/launch.py`"
+    assert launch.launched(copy.deepcopy(notebook), path.name) == notebook, "run `python tools/launch.py`"
+
+
+@by_name
 def test_checked_cells_carry_outputs_to_compare_with(path):
     checked = tagged(code_cells(path), "nbval-check-output")
     assert checked
@@ -58,7 +74,7 @@ def test_checked_cells_carry_outputs_to_compare_with(path):
 def test_a_chapters_studies_and_claims_are_known(path):
     assert path.stem in studies.modules()
     published = [row["claim"] for cell in code_cells(path) for output in cell.outputs
-                 for row in output.get("data", {}).get(claims.MIME, [])]
+                 for row in output.get("data", {}).get(claims.MIME, []) if "scale" not in row]
     assert published == [claim.id for claim in claims.of_chapter(path.stem)]
 
 

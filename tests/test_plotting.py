@@ -9,7 +9,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 
-from stability_lib import plotting
+from stability_lib import evaluate, plotting
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,21 @@ def test_heat_maps_and_shares_keep_the_group_without_a_value():
     table = runs.assign(rate=0.5, low=0.1, high=0.9)
     ax = plotting.shares(plt.figure().gca(), table, "lr", "clip_norm", str)
     assert len(ax.lines) == 2
+
+
+def test_intervals_stand_one_a_line_and_are_hollow_without_a_width():
+    _, ax = plt.subplots()
+    wide, none = evaluate.mean([1.0, 2.0, 3.0]), evaluate.mean([2.0, 2.0])
+    plotting.intervals(ax, [wide, None, none])
+    bars = [collection.get_segments()[0] for collection in ax.collections[::2]]
+    assert np.allclose(bars[0][:, 0], [wide.low, wide.high]) and np.allclose(bars[0][:, 1], 0)
+    assert np.allclose(bars[1], [[2, 2], [2, 2]])
+    filled, hollow = (dots.get_facecolor()[0] for dots in ax.collections[1::2])
+    assert np.allclose(hollow, 1) and not np.allclose(filled, 1)
+    assert ax.get_ylim() == (2.5, -0.5)
+
+
+def test_a_pattern_hides_the_keys_that_a_query_does_not_see():
+    _, ax = plt.subplots()
+    plotting.pattern(ax, [[1.0, 0.0], [0.25, 0.75]], "a")
+    assert np.ma.filled(ax.images[0].get_array(), -1).tolist() == [[1.0, -1.0], [0.25, 0.75]]

@@ -112,3 +112,22 @@ def test_make_passes_a_scale_on(target):
     printed = subprocess.run(["make", "-n", target, "STUDY=first_look", "SCALE=gpu", "VENV=none"], cwd=ROOT,
                              capture_output=True, text=True).stdout
     assert f"-m stability_lib {target}" in printed and "--scale gpu" in printed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/going_further.md", "docs/claims.md"])
+def test_every_link_of_a_page_leads_to_a_file(page):
+    text = (ROOT / page).read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^) ]+)", text) if "://" not in link]
+    assert links
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_readme_shows_on_its_first_screens_what_was_found_and_how_to_begin():
+    text = (ROOT / "README.md").read_text()
+    parts = ["docs/which_remedy.md", "docs/figure1.png", "## What was found", "## Two commands", "make reproduce",
+             "koopman.profile(", "docs/figures/profile.png", "docs/claims.md", "## What was not run"]
+    places = [text.index(part) for part in parts if part != "docs/claims.md"]
+    assert places == sorted(places)
+    assert len(text[:text.index("## What is here")].split()) < 800
+    assert "Chapters 08 and 09" in (ROOT / "docs" / "claims.md").read_text()

@@ -202,6 +202,7 @@ def test_qk_clip_begins_at_the_alarm():
     (dict(alarm="step", signals_every=1, on_alarm="roll_back", optimizer="muon"), "choose optimizer 'adamw'"),
     (dict(alarm="step", signals_every=1, on_alarm="qk_clip", qk_norm="none"), "choose qk_clip 100"),
     (dict(sharpness_every=5, optimizer="lion"), "choose optimizer 'adamw'"),
+    (dict(eps_late=1e-3, optimizer="lion"), "eps_late 0.001 is worked out .* choose optimizer 'adamw'"),
     (dict(sharpness_every=5, parametrization="mup_simple"), "choose parametrization 'standard'"),
 ])
 def test_what_cannot_be_is_named(fields, words):

@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 
-from stability_lib import batch, models, replicas, studies
+from stability_lib import batch, models, replicas, runs, studies
+from stability_lib.chapters import c04_rksp_auroc
 from stability_lib.config import RunConfig, run_key
 
 GOLDEN = {
@@ -19,6 +20,7 @@ GOLDEN = {
     "mu_parametrization": ("a0bf9d84", "86403daa", "b1962fc5", "f53a9894"),
     "mu_parametrization_seeds": ("b57d3deb", "2d0a12bd", "54c1b431", "6cd8ea70"),
     "muparam_weight_decay": ("e9a8a0ed", "49f935ab", "40eb46f4", "a207e274"),
+    "muparam_more_seeds": ("f04b262e", "7de50814", "e18e4e28", "407a047d"),
     "divergence_sweep": ("27321b1f", "2ee10e3e", "7139d7a2", "27a07177"),
     "unseen_architectures": ("d6d14d62", "2910d2f1", "ae2b051b", "4767ca9c"),
     "spectra_at_init": ("b54dfee1", "8d28834a", "1197443b", "ee992d65"),
@@ -30,14 +32,20 @@ GOLDEN = {
     "warm_up": ("a2c184b8", "438102f6", "1b36ba46", "56e4d0f6"),
     "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
     "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
+    "best_lr_by_decay": ("21eb1601", "7b4a8dc5", "5b625544", "ef33c146"),
     "other_optimizers": ("a51d710d", "00d70c7b", "983c199c", "28d3551e"),
+    "fixed_gains": ("39147008", "20b0b538", "72cd472c", "095ff70a"),
     "digits": ("007a9e37", "f3d28258", "c0c5e9d1", "aced07d3"),
+    "digits_seeds": ("0e377cae", "bc91f10e", "c3a73f79", "3f561244"),
+    "digits_many_seeds": ("e3b0c442", "2c65c46a", "cbef33a4", "c2237514"),
     "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
-    "width_and_depth_wider": ("8c048e7d", "ed476010", "6d63ec1e", "2a2b48ab"),
+    "width_and_depth_wider": ("8c048e7d", "ed476010", "7a9f87ce", "2a2b48ab"),
     "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
     "logit_transplant": ("d9f2a52e", "391ab8d2", "cb6115a8", "2e63cc37"),
     "adam_epsilon": ("1670a61c", "8b9dd974", "c9021196", "a10d9e3e"),
+    "adam_epsilon_seeds": ("95c9e91f", "bc106797", "e8115663", "0725dd76"),
+    "decay_by_size": ("3336e8a0", "628a621d", "66f62258", "7e8af932"),
     "kss_baselines": ("776cdd93", "e9362512", "7e2738e3", "c53cd774"),
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "3f6fbdaa", "212288ad"),
     "language_text": ("769d203e", "537253f1", "765076b7", "e9a21b37"),
@@ -55,6 +63,8 @@ GOLDEN = {
     "later_remedies": ("6bde7626", "9f2c0110", "2bb35e6e", "31a0cbc8"),
     "remedy_cost": ("08e443fe", "5cf4715a", "b06eaddf", "1217145c"),
     "later_remedies_smaller": ("e3b0c442", "14448eda", "50f75397", "431215ea"),
+    "later_remedies_larger": ("e3b0c442", "47138f59", "80ae2529", "5949ce6f"),
+    "later_remedies_lower": ("e3b0c442", "c159a8fa", "c3d39aee", "ba691db8"),
 }
 """Of every grid, a digest of its run keys in order: a change of one retires committed runs."""
 
@@ -92,7 +102,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "language_synthetic_sizes", "vision", "profiles", "architectures", "router_collapse",
                    "remedies_of_both", "norm_placements", "profiles_at_start",
                    "near_failing", "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "width_and_depth_wider")
+                   "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
@@ -142,3 +152,22 @@ def test_a_scale_is_longer_than_the_one_before():
     lengths = [studies.base(scale).steps for scale in studies.SCALES]
     assert lengths == sorted(lengths)
     assert isinstance(studies.short("cpu"), RunConfig)
+
+
+def test_runs_are_joined_to_the_profile_of_the_model_they_started_from():
+    """Rows of chapter 04's sweep, by hand: the mean over layers, the first and the last of them."""
+    stored = {study: runs.frame(list(runs.load(runs.locate(study, "cpu")).values()))
+              for study in ("divergence_sweep", "spectra_at_init")}
+    spectra = stored["spectra_at_init"].query("spectra_kreiss")
+    profiles = c04_rksp_auroc.of_models(spectra)
+    joined = c04_rksp_auroc.with_profiles(stored["divergence_sweep"], profiles)
+    assert joined["key"].tolist() == stored["divergence_sweep"]["key"].tolist()
+    run = joined.query("norm == 'post_ln' and d_model == 64 and n_layers == 4 and seed == 123").iloc[0]
+    curves = spectra.query("norm == 'post_ln' and d_model == 64 and n_layers == 4 and seed == 123").iloc[0]["curves"]
+    layers = [curves[f"spectral_radius/block{i}"][0] for i in range(4)]
+    assert run["spectral_radius"] == pytest.approx(sum(layers) / 4, rel=1e-4)
+    assert (run["rho_first"], run["rho_last"]) == (layers[0], layers[3])
+    assert (run["setting"], run["no_norms"]) == ("post_ln 64x4", 0.0)
+    without = spectra.assign(curves=[{name: values for name, values in each.items() if not name.startswith("kreiss")}
+                                     for each in spectra["curves"]])
+    assert c04_rksp_auroc.of_models(without)["log_kreiss"].isna().all()

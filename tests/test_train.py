@@ -234,6 +234,8 @@ def plain_loop(config: RunConfig, batches: list[torch.Tensor]) -> tuple[list[flo
         for p in model.parameters():
             p.grad *= min(1.0, config.clip_norm / norms[-1])
         optimizer.param_groups[0]["lr"] = config.lr * optim.schedule(config, step)
+        if config.eps_late is not None and step >= config.steps / 2:
+            optimizer.param_groups[0]["eps"] = config.eps_late
         optimizer.step()
         losses.append(loss.item())
     windows = data.validation(config)
@@ -244,7 +246,7 @@ def plain_loop(config: RunConfig, batches: list[torch.Tensor]) -> tuple[list[flo
 
 @pytest.mark.parametrize("changes", [
     {}, {"qk_norm": "none", "clip_norm": 0.1, "eps": 0.01}, {"z_loss": 0.1, "weight_decay": 0.05},
-    {"attention": "squared_relu", "eval_sequences": 7, "batch_size": 3}])
+    {"eps_late": 0.01, "steps": 7}, {"attention": "squared_relu", "eval_sequences": 7, "batch_size": 3}])
 def test_a_run_is_what_a_plain_pytorch_loop_computes(tiny, batches, changes):
     """eps near the gradients makes Adam see their scale, so that clipping shows."""
     config = replace(tiny, **changes)

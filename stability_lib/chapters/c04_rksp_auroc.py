@@ -1,7 +1,11 @@
-"""Chapter 04, does one forward pass foretell divergence? (Paper K, Figs 1, 5, Tables 1, 2.)"""
+"""Chapter 04, what a spectral profile shows, and whether it ranks runs by divergence (paper K, Fig. 1, Tables 1, 2)."""
+
+import numpy as np
+import pandas as pd
 
 from ..claims import Claim
 from ..config import CHOICES, RunConfig, grid, replace
+from ..runs import reading
 from ..studies import RECALL, check_scale
 
 _SWEEP = {
@@ -55,7 +59,35 @@ def spectra_at_init(scale: str) -> list[RunConfig]:
     return list(dict.fromkeys(by_choice + trained))
 
 
-STUDIES = (divergence_sweep, unseen_architectures, spectra_at_init)
+IDENTITY = ["norm", "init", "residual", "qk_norm", "d_model", "n_layers", "seq_len", "seed"]
+"""What an untrained model is known by."""
+METRICS = ["near_unit_mass", "expansive_mass", "spectral_radius", "eigenvector_condition", "nonlinearity",
+           "reliable_share", "update_size"]
+
+
+def of_models(spectra: pd.DataFrame) -> pd.DataFrame:
+    """A row per profiled model: `IDENTITY`, the means of `METRICS` over its layers, rho of the first and last one, the
+    mean of log10 of the scaled Kreiss constant (NaN where it was not searched), and the share of layers with rho over
+    one."""
+    rho, kreiss = ([np.array([curves.get(f"{name}/block{i}", [np.nan])[0] for i in range(n)], dtype=float)
+                    for curves, n in zip(spectra["curves"], spectra["n_layers"], strict=True)]
+                   for name in ("spectral_radius", "kreiss_scaled"))
+    return spectra[IDENTITY].assign(
+        **{name: reading(spectra, name) for name in METRICS}, rho_first=[each[0] for each in rho],
+        rho_last=[each[-1] for each in rho], log_kreiss=[np.log10(each).mean() for each in kreiss],
+        expanding_layers=[np.mean(each > 1) for each in rho])
+
+
+def with_profiles(runs: pd.DataFrame, profiles: pd.DataFrame) -> pd.DataFrame:
+    """Runs with the row of `of_models` of the model they started from, and `failed`, `no_norms` and, in words, their
+    `setting`."""
+    found = runs.merge(profiles, on=IDENTITY, validate="many_to_one")
+    shape = found["d_model"].astype(str) + "x" + found["n_layers"].astype(str)
+    return found.assign(failed=found["status"] == "diverged", no_norms=(found["norm"] == "no_norm").astype(float),
+                        setting=found["norm"] + " " + shape, width_depth=shape)
+
+
+STUDIES = (divergence_sweep, spectra_at_init)
 
 CLAIMS = (
     Claim("KT1.near-unit-mass", "K Table 1", "the norm placements differ in near-unit mass at initialization",
@@ -84,23 +116,4 @@ CLAIMS = (
           "AUROC of mean M1 minus that of 'has no norms', LR up to 3e-2", ">", 0.0),
     Claim("KT2.within-norms", "K Table 2", "it ranks models of the same norm type",
           "not given", "AUROC of mean M1 among pairs of runs with equal norm and LR, all LRs", ">", 0.5),
-    Claim("KF5.ece", "K Fig. 5", "read as a probability, the risk score is poorly calibrated",
-          "ECE 0.283", "expected calibration error of mean M1, LR up to 3e-2", ">", 0.1),
-    Claim("KT2.held-out-norms", "ours", "spectra help to predict divergence under norms not seen before",
-          "not tested",
-          "AUROC on held-out norms of a logistic model of LR, shape and spectra minus that of one of LR and shape, "
-          "all LRs", ">", 0.0),
-    Claim("KT2.largest-stable-lr", "ours", "and help to predict the largest stable learning rate",
-          "not tested",
-          "error (decades of LR) on held-out norms of a model of shape and spectra minus that of the median of the "
-          "other norms", "<", 0.0),
-    Claim("KO.kicks-close", "ours", "random kicks to the weights of an untrained model foretell the largest stable "
-          "learning rate of architectures not seen before", "not tested",
-          "error (decades of LR) of the kicks on architectures outside of the sweep", "<", 0.3),
-    Claim("KO.kicks-beat-norm", "ours", "they do so better than what models of the same norm bore", "not tested",
-          "error (decades of LR) of the kicks minus that of the sweep's median limit of the same norm, "
-          "architectures outside of the sweep", "<", 0.0),
-    Claim("KO.spectra-beat-norm", "ours", "spectra and Kreiss constants do so too", "not tested",
-          "error (decades of LR) of a model of shape, spectra and Kreiss constants minus that of the sweep's "
-          "median limit of the same norm, architectures outside of the sweep that have a profile", "<", 0.0),
 )

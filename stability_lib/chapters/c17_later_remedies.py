@@ -1,11 +1,14 @@
 """Chapter 17, what came since: later remedies in paper P's own experiment (no paper of the two; sources by claim).
 
 Chapter 01's runs at its middle size, its upper learning rates and its seeds, with each remedy in place of qk-norm. At
-scale `cpu` its own runs are those of the first two arms, under the keys they have there.
+scale `cpu` its own runs are those of the first two arms, under the keys they have there; so in the studies of its
+largest size and of its lower learning rates.
 
 What the runs can decide: of chapter 01's two arms at this size, the difference of LR sensitivities, paired by seed, has
 a 95% interval of +-0.035 nats, that of the losses at the best learning rates of +-0.005. Effects of twice these show;
-margins of sameness are 0.1 (0.05 where both arms have qk-norm) and 0.05 nats.
+margins of sameness are 0.1 (0.05 where both arms have qk-norm) and 0.05 nats. At the largest size these intervals are
++-0.034 and +-0.018. LR sensitivity goes by LRS at both sizes of which claims speak, the loss at the best learning rate
+by all rates that an arm has there.
 
 Pilots before the claims: one seed that no study uses, at the smaller size and learning rates of 0.003, 0.03 and 0.3.
 There Muon and gated attention reached lower losses than no remedy at 0.03, sigma-reparametrization a higher one; at 0.3
@@ -15,6 +18,11 @@ has 2.8 to 3.1 without and 2.2 to 2.3 with qk-norm.
 Two criteria, `clip-free` and `muonclip-free`, were restated while the sweep ran, before any of its runs was read: at
 scale `quick` QK-clip has nothing to do at the best learning rate, so that the difference there is exactly zero, which
 the rule cannot judge. They now go by the next learning rate of the grid, where it has.
+
+The claims `large-...` and `lower-rates` came later, before any of their runs but with all of the middle size's known,
+and chapter 01's two arms at the largest. They have the words and criteria of the middle size's. More were made, for all
+ten arms, and wait for theirs: the arms that train one run at a time on a GPU were cut from these grids for want of
+time, not by outcome.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +65,8 @@ def arm(run: Mapping) -> str:
 LRS = (1e-2, 3e-2, 1e-1, 3e-1)
 """The upper learning rates of chapter 01, from where its two arms are best at these sizes: below, remedies have nothing
 to do. `later_remedies` has one below them for the arms whose best learning rates are compared."""
+_TOGETHER = (NONE, "qk-norm", "soft cap", "soft cap, qk-norm", "gated attention")
+"""Arms whose runs train together on a GPU: of the larger and the lower study the only ones."""
 _LENGTH = {"quick": dict(steps=60, warmup_steps=3), "gpu": dict(steps=600, warmup_steps=30, probe_every=20)}
 
 
@@ -81,6 +91,26 @@ def later_remedies_smaller(scale: str) -> list[RunConfig]:
     return _arms(scale, studies.size(96, 3, 32) if scale == "gpu" else SIZES[scale][0], LRS[1:])
 
 
+def later_remedies_larger(scale: str) -> list[RunConfig]:
+    """Five arms in the largest size of chapter 01; of those whose best learning rate may lie below the others' lowest
+    also there. Nothing at `quick`; at `gpu` less, for a few minutes in all."""
+    if check_scale(scale) == "quick":
+        return []
+    size, low = SIZES[scale][2], (NONE, "qk-norm", "gated attention")
+    if scale == "gpu":
+        return [replace(c, steps=300, warmup_steps=15) for c in _arms(scale, size, (LRS[0], *LRS[2:]), _TOGETHER)]
+    return _arms(scale, size, LRS, _TOGETHER) + _arms(scale, size, (3e-3,), low)
+
+
+def later_remedies_lower(scale: str) -> list[RunConfig]:
+    """Five arms in the size of `later_remedies` below its lowest learning rate; nothing at `quick`, less at `gpu`."""
+    if check_scale(scale) == "quick":
+        return []
+    if scale == "gpu":
+        return _arms(scale, studies.size(192, 4, 32), (3e-3,), (NONE, "qk-norm", "gated attention"))
+    return _arms(scale, SIZES[scale][1], (1e-3, 3e-3), _TOGETHER)
+
+
 def remedy_cost(scale: str) -> list[RunConfig]:
     """Short runs of every arm without probes, in turn, for the ratios of their seconds."""
     steps = {"quick": 10, "cpu": 40}.get(scale, 300)
@@ -89,11 +119,12 @@ def remedy_cost(scale: str) -> list[RunConfig]:
             for seed in range(2 if scale == "quick" else 4) for config in plain]
 
 
-STUDIES = (later_remedies, remedy_cost, later_remedies_smaller)
+STUDIES = (later_remedies, remedy_cost, later_remedies_smaller, later_remedies_larger, later_remedies_lower)
 
 _BETTER = "loss at the best LR of each (nats)"
 _ABOVE = "loss (nats) at the LR of the grid next above the best"
 _SENSITIVITY = "LR sensitivity (nats)"
+_LARGE = "largest size"
 CLAIMS = (
     Claim("L17.clip-helps", "Kimi K2, Sec. 2.1", "QK-clip makes training stable",
           "logits stay at 100, no loss spike", f"{_SENSITIVITY} with QK-clip minus without a remedy", "<", 0.0),
@@ -135,4 +166,17 @@ CLAIMS = (
           "a higher base LR", f"{_SENSITIVITY} with scaled LRs minus without a remedy", "<", 0.0),
     Claim("L17.qklr-as-norm", "Anson and Aitchison 2025", "they do as well as qk-norm", "competitive with qk-norm",
           f"{_BETTER}, scaled LRs minus qk-norm", "within", 0.05),
+    Claim("L17.large-cap-helps", "Gemma 2", "a soft cap of 50 makes the largest size stable, too", "used for that",
+          f"{_SENSITIVITY} with the cap minus without a remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.large-cap-redundant", "ours, against Rybakov et al. 2024",
+          "on top of qk-norm a soft cap changes nothing at the largest size, either", "LR 1.5 times higher with both",
+          f"{_SENSITIVITY} of qk-norm with the cap minus without, {_LARGE}", "within", 0.05),
+    Claim("L17.large-norm-beyond-cap", "ours", "on top of a soft cap qk-norm still helps at the largest size", "",
+          f"{_SENSITIVITY} of the cap with qk-norm minus without, {_LARGE}", "<", 0.0),
+    Claim("L17.large-gate-better", "Qiu et al. 2025", "gated attention reaches a lower loss at the largest size, too",
+          "better at 1.7B and 15B", f"{_BETTER}, gated minus no remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.large-gate-helps", "Qiu et al. 2025", "gated attention stands higher learning rates at the largest size",
+          "tolerates larger LRs", f"{_SENSITIVITY} gated minus without a remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.lower-rates", "ours", "below 0.01 no arm is better at the middle size", "",
+          "least of any arm tried there, by seed: loss at an LR of 0.003 minus at 0.01 (nats)", ">", 0.0),
 )
