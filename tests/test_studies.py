@@ -42,6 +42,7 @@ GOLDEN = {
     "digits_seeds": ("0e377cae", "bc91f10e", "c3a73f79", "3f561244"),
     "digits_many_seeds": ("e3b0c442", "2c65c46a", "cbef33a4", "c2237514"),
     "width_and_depth": ("8c048e7d", "99a8533f", "2ffc9253", "2a2b48ab"),
+    "width_and_depth_wider": ("8c048e7d", "ed476010", "7a9f87ce", "2a2b48ab"),
     "logit_growth_by_size": ("bddfcb1a", "f219f233", "62c0cf1b", "477edb82"),
     "logit_growth_near_failure": ("ced30ef2", "f47f916b", "7d853a58", "88801799"),
     "logit_transplant": ("d9f2a52e", "391ab8d2", "cb6115a8", "2e63cc37"),
