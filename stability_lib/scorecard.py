@@ -153,7 +153,7 @@ def overall(of: str) -> str:
 def sentences(templates: Iterable[str]) -> list[str]:
     """The templates rendered by the committed state. Raises `ValueError` that names what is unknown or has no words."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    known = {function.__name__: function for function in (*advice.NUMBERS, says, stated, tally, overall)}
+    known = {function.__name__: function for function in (*advice.NUMBERS, says, tally, overall)}
     try:
         return [environment.from_string(text).render(known) for text in templates]
     except (jinja2.TemplateError, LookupError) as error:
