@@ -69,7 +69,7 @@ CHOICES = {
     "reparametrization": ("none", "spectral_norm", "weight_norm", "sigma_reparam"),
     "shaping": ("none", "kss", "unstable", "near_unit", "random_l2", "residual_norm", "activation_variance",
                 "jacobian"),
-    "shaping_dmd": ("pod", "random", "whitened"),
+    "shaping_dmd": ("pod", "random", "whitened", "pod_moving"),
     "shaping_gradient": ("both", "input", "output"),
     "shaping_reduction": ("sum", "mean"),
     "alarm": ("none", "step", *SIGNALS),

@@ -291,6 +291,21 @@ def difference(frame: pd.DataFrame, value: str, between: str, high: object, low:
     return mean(gap.groupby("seed").mean())
 
 
+def share_difference(frame: pd.DataFrame, marked: str, between: str, high: object, low: object,
+                     pair: list[str]) -> Estimate | None:
+    """The share of `marked` runs at `high` minus that at `low`, over pairs as in `difference`: its interval over seeds,
+    or Newcombe's where all seeds have one difference, as an interval without width is no certainty. `n` counts runs.
+    None where one side has no runs."""
+    runs = frame.assign(marked=frame[marked].astype(float))
+    sides = [runs.loc[runs[between] == level, "marked"] for level in (high, low)]
+    if not all(map(len, sides)):
+        return None
+    paired = difference(runs, "marked", between, high, low, pair)
+    if not (np.isfinite(paired.low) and paired.low < paired.high):
+        return proportion_difference(*((int(side.sum()), len(side)) for side in sides))
+    return estimate(paired.value, sum(map(len, sides)), paired.bounds)
+
+
 def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[float] | None = None,
           within: Iterable | None = None, clusters: Iterable | None = None, resamples: int = 1000,
           seed: int = 0) -> Estimate:

@@ -127,11 +127,6 @@ def says(name: str, unit: str = "", **words: str) -> str:
     return f"{words[key]} ({estimate}; chapter [{rest}"
 
 
-def stated(name: str) -> bool:
-    """Whether a chapter makes this claim."""
-    return any(claim.id == name for stem in studies.modules() for claim in claims.of_chapter(stem))
-
-
 def tally(of: str, verdict: str) -> int:
     """How many claims of a group have a verdict; `any` counts them all."""
     if of not in ORDER:
@@ -158,7 +153,7 @@ def overall(of: str) -> str:
 def sentences(templates: Iterable[str]) -> list[str]:
     """The templates rendered by the committed state. Raises `ValueError` that names what is unknown or has no words."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    known = {function.__name__: function for function in (*advice.NUMBERS, says, stated, tally, overall)}
+    known = {function.__name__: function for function in (*advice.NUMBERS, says, tally, overall)}
     try:
         return [environment.from_string(text).render(known) for text in templates]
     except (jinja2.TemplateError, LookupError) as error:

@@ -57,9 +57,10 @@ class Settings:
     `alpha`: its weight. `every`: steps from one application to the next. `layer_share`: of the layers, drawn anew at
     each application. `snapshots`: at most so many token states of a layer (None: all). `rank`: R. `temperature`,
     `tau_u`, `tau_l`, `gamma`, `beta`: as in eq. 14. `dmd`: the R directions in which the operator is fitted, held fixed
-    in the gradient: `pod`, the largest of X, `random` ones, or `whitened`, random ones after whitening. `gradient`:
-    what it reaches, a layer's `input` states, its `output` states or `both`. `reduction`: whether the term of unstable
-    modes is their `sum`, as in eq. 14, or `mean`. `eps`: added to the covariance under `whitened`. `condition_max`:
+    in the gradient: `pod`, the largest of X, `random` ones, or `whitened`, random ones after whitening; `pod_moving`,
+    the largest of X again, and the gradient goes through them too. `gradient`: what it reaches, a layer's `input`
+    states, its `output` states or `both`. `reduction`: whether the term of unstable modes is their `sum`, as in eq. 14,
+    or `mean`. `eps`: added to the covariance under `whitened`. `condition_max`:
     layers whose eigenvectors have a larger condition number (Frobenius) are skipped. `seed`: of all random numbers
     drawn here; no others are touched.
     """
@@ -351,7 +352,7 @@ def spectrum_penalty(eigenvalues: Tensor, settings: Settings) -> Tensor:
 
 def eigenvalues(x_NxD: Tensor, y_NxD: Tensor, basis_DxR: Tensor, condition_max: float = 1e6) -> Tensor | None:
     """Eigenvalues of the least-squares operator from X to Y within the span of a basis, complex [up to R] on the CPU,
-    in float64, differentiable in X and Y (the basis is held fixed); None where their gradient is ill-conditioned.
+    in float64, differentiable in X, Y and the basis; None where their gradient is ill-conditioned.
 
     States are centred, and each direction is scaled to unit size, a similarity transform. The gradient of an
     eigenvalue is the product of its left and right eigenvectors: well defined for complex pairs and for repeated
@@ -378,10 +379,12 @@ def eigenvalues(x_NxD: Tensor, y_NxD: Tensor, basis_DxR: Tensor, condition_max: 
     return values
 
 
-@torch.no_grad()
 def directions(x_NxD: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
     """The [D, R] directions in which the operator is fitted; all D of them where `rank` is no smaller."""
     width, rank = x_NxD.shape[1], settings.rank
+    if settings.dmd == "pod_moving":
+        return moving_directions(x_NxD, min(rank, width))
+    x_NxD = x_NxD.detach()
     if rank >= width and settings.dmd != "pod":  # whose axes set directions apart that X does not have
         return torch.eye(width, dtype=x_NxD.dtype, device=x_NxD.device)
     extra = min(rank + 10, width) if settings.dmd == "pod" else rank
@@ -397,6 +400,20 @@ def directions(x_NxD: Tensor, settings: Settings, generator: torch.Generator) ->
         sketch = torch.linalg.qr(x_NxD.mT @ (x_NxD @ sketch))[0]
     projected = x_NxD @ sketch
     return sketch @ torch.linalg.eigh(projected.mT @ projected)[1][:, -rank:]
+
+
+def moving_directions(x_NxD: Tensor, rank: int) -> Tensor:
+    """The [D, R] largest directions of X as a function of X: where X changes, one turns towards a direction left out by
+    what is added to their covariance over the gap of their variances (first-order perturbation). Turns among the R
+    change no eigenvalue and are left out."""
+    centred_NxD = x_NxD - x_NxD.mean(0)
+    centred_NxD = (centred_NxD.cpu() if x_NxD.device.type == "mps" else centred_NxD).double()
+    covariance_DxD = centred_NxD.mT @ centred_NxD
+    variance_D, axes_DxD = torch.linalg.eigh(covariance_DxD.detach())
+    left_DxL, kept_DxR = axes_DxD[:, :-rank], axes_DxD[:, -rank:]
+    gap_LxR = (variance_D[-rank:] - variance_D[:-rank, None]).clamp_min(ROUNDING * float(variance_D[-1]))
+    turn_LxR = left_DxL.mT @ covariance_DxD @ kept_DxR / gap_LxR
+    return (kept_DxR + left_DxL @ (turn_LxR - turn_LxR.detach())).to(x_NxD)
 
 
 def attach(model: nn.Module, config: RunConfig) -> KSS | None:

@@ -601,3 +601,19 @@ def test_a_bootstrap_resamples_runs_whole():
     for too_few in ([3.0], [1.0, np.nan]):
         with pytest.raises(ValueError):
             evaluate.bootstrap(np.median, too_few)
+
+
+def test_a_difference_of_shares_is_taken_over_pairs_and_keeps_a_width():
+    """Two arms of four learning rates and six seeds; which of them diverges depends mostly on the rate."""
+    cells = pd.MultiIndex.from_product([range(6), [1, 2, 3, 4]], names=["seed", "lr"]).to_frame(index=False)
+    none = cells.assign(arm="none", diverged=cells["lr"] > 2)
+    some = cells.assign(arm="some", diverged=(cells["lr"] > 2) & ((cells["lr"] > 3) | (cells["seed"] > 1)))
+    found = evaluate.share_difference(pd.concat([none, some]), "diverged", "arm", "some", "none", ["lr", "seed"])
+    by_seed = [-0.25, -0.25, 0, 0, 0, 0]
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (evaluate.mean(by_seed).value, evaluate.mean(by_seed).low, evaluate.mean(by_seed).high))
+    assert found.n == 48
+    never = cells.assign(arm="never", diverged=False)
+    same = evaluate.share_difference(pd.concat([none, never]), "diverged", "arm", "never", "none", ["lr", "seed"])
+    assert (same.low, same.high) == (lambda e: (e.low, e.high))(evaluate.proportion_difference((0, 24), (12, 24)))
+    assert evaluate.share_difference(none, "diverged", "arm", "some", "none", ["lr", "seed"]) is None
