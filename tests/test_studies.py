@@ -108,7 +108,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "language_synthetic", "language_synthetic_sizes", "vision", "profiles", "architectures",
                    "router_collapse", "remedies_of_both", "norm_placements", "profiles_at_start", "near_failing",
                    "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
-                   "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds")
+                   "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds",
+                   "width_and_depth_wider")
 """Most of these train one run at a time: see docs/gpu.md."""
 
 
