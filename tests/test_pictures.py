@@ -32,6 +32,6 @@ def test_pictures_are_written_where_they_are_committed(tmp_path):
     written = pictures.write(tmp_path)
     committed = batch.checkout() / pictures.FOLDER
     assert {path.name for path in written} <= {path.name for path in committed.iterdir()}
-    moving = PIL.Image.open(tmp_path / "learning_rates.gif")
-    assert moving.n_frames == 7
-    assert PIL.Image.open(committed / "learning_rates.gif").n_frames == 7
+    for folder in (tmp_path, committed):
+        with PIL.Image.open(folder / "learning_rates.gif") as moving:
+            assert moving.n_frames == 7
