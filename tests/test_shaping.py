@@ -203,7 +203,8 @@ def test_directions_come_from_the_generator_alone():
     for dmd in CHOICES["shaping_dmd"]:
         before = torch.get_rng_state()
         draw = lambda seed, dmd=dmd: directions(x, Settings(dmd=dmd, rank=6), torch.Generator().manual_seed(seed))  # noqa: E731
-        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+        assert torch.equal(draw(1), draw(1))
+        assert torch.equal(draw(1), draw(2)) == (dmd == "pod_moving")  # which draws nothing
         assert torch.equal(torch.get_rng_state(), before)
 
 
