@@ -23,6 +23,9 @@ PENALTY_ALPHAS = dict(near_unit=290.0, random_l2=1160.0, residual_norm=1200.0, a
                       jacobian=235.0)
 """alpha at which a penalty's gradient at initialization is as large as that of KSS at alpha 5 (`CONTROL`, cpu)."""
 
+JACOBIAN_FAIR = 20.0
+"""alpha at which the Jacobian penalty's gradient at initialization is as large as that of KSS at 0.5 (`fair`, cpu)."""
+
 FAIR = {
     "quick": dict(steps=150, warmup_steps=100),
     "cpu": dict(steps=1400, warmup_steps=1000),
@@ -34,6 +37,8 @@ FAIR_LRS = {"quick": [1.2e-2], "gpu": [6e-3]}
 """Where pilots (seeds 100, 101) had none diverge up to all; scale `cpu`: 0.0085 to 0.0112."""
 LOWER = 3
 """By how much one arm of `kss_fair` divides the learning rate."""
+WIDER = {128: ([3.5e-3, 4e-3, 4.5e-3], range(6)), 256: ([2e-3], range(3))}
+"""Learning rates and seeds of `kss_wider` by width, around where pilots had half diverge."""
 
 
 def control(scale: str, **changes) -> RunConfig:
@@ -159,13 +164,20 @@ def fair_lrs(scale: str) -> list[float]:
 
 
 def kss_fair(scale: str) -> list[RunConfig]:
-    """No control, KSS at the paper's dose and at every step, weight norm, clipping and a lower learning rate, where
-    recall is learned and a good part diverges without control; 24 runs each (paper K, Tables 3, 4). With 15 of 24 in
-    one arm, 8 or fewer in another are told from it. What needs no reading of spectra trains as replicas."""
-    read = [{}, dict(shaping="kss"), EVERY_STEP | dict(shaping_alpha=0.5), dict(reparametrization="weight_norm")]
-    lrs, seeds, apart = fair_lrs(scale), _seeds(scale, 6), fair(scale, spectra_every=0)
-    return [*grid(fair(scale), arm=read[:3] if scale in ("quick", "gpu") else read, lr=lrs, seed=seeds),
-            *grid(apart, clip_norm=[1.0], lr=lrs, seed=seeds),
+    """No control, clipping, KSS at the paper's dose and at every step, and plain remedies, where recall is learned and
+    a good part diverges without control; 24 runs each (paper K, Tables 3, 4). With 15 of 24 in one arm, 8 or fewer in
+    another are told from it. What needs no reading of spectra trains as replicas."""
+    at_every_step = [dict(shaping="kss", shaping_every=1, shaping_alpha=alpha) for alpha in (0.15, 0.5, 1.5)]
+    read = [{}, dict(shaping="kss"), at_every_step[1], dict(reparametrization="weight_norm"), at_every_step[0],
+            at_every_step[2], dict(reparametrization="spectral_norm"),
+            dict(shaping="jacobian", shaping_every=1, shaping_alpha=JACOBIAN_FAIR)]
+    unread = [dict(clip_norm=1.0), dict(clip_norm=0.5), dict(residual="scaled"), dict(residual="rezero"),
+              dict(norm="pre_ln")]
+    if scale in ("quick", "gpu"):
+        read, unread = read[:3], unread[:1]
+    lrs, seeds = fair_lrs(scale), _seeds(scale, 6)
+    apart = fair(scale, spectra_every=0)
+    return [*grid(fair(scale), arm=read, lr=lrs, seed=seeds), *grid(apart, arm=unread, lr=lrs, seed=seeds),
             *grid(apart, lr=[round(lr / LOWER, 7) for lr in lrs], seed=seeds)]
 
 
@@ -174,22 +186,65 @@ def _seeds(scale: str, n: int) -> list[int]:
     return list(range(n)) if scale == "cpu" else control_seeds(scale)
 
 
-def kss_matched(scale: str) -> list[RunConfig]:
-    """In `control`'s setting without a limit on the gradient's norm: no control, the paper's dose, and penalties at
-    every step with the first gradient of KSS at 0.15, which prevents some and not all. 48 runs of what is compared at
-    small differences, else 24 (paper K, Table 6)."""
-    kss, every = dict(shaping="kss", shaping_alpha=0.15), dict(shaping_every=1)
-    first = [{}, kss, kss | every, dict(shaping="unstable", shaping_alpha=0.15) | every]
-    others = [dict(shaping=name, shaping_alpha=round(0.03 * PENALTY_ALPHAS[name], 4)) | every
-              for name in ("near_unit", "residual_norm", "jacobian")]
+def kss_window(scale: str) -> list[RunConfig]:
+    """`kss_fair`'s model at learning rates below and above: how far up the paper's dose, clipping and weight norm take
+    it, and what each learns at its own best rate."""
+    unread, read = [{}, dict(clip_norm=1.0)], [dict(shaping="kss"), dict(reparametrization="weight_norm")]
+    lrs = {"quick": [3e-3], "gpu": [3e-3]}.get(scale, [6e-3, 1.35e-2, 1.75e-2, 2.4e-2])
+    arms = unread + (read[:1] if scale == "gpu" else read)
+    return grid(fair(scale, spectra_every=0), arm=arms, lr=lrs, seed=_seeds(scale, 6))
+
+
+def kss_warm_up(scale: str) -> list[RunConfig]:
+    """`kss_fair`'s model after warm-ups of 100 and 300 steps: no control, clipping and the paper's dose. With 8
+    of 12 in one arm, 3 or fewer in another are told from it; with 12 of 18, 6 or fewer."""
+    arms = [{}, dict(clip_norm=1.0), dict(shaping="kss")]
     if scale in ("quick", "gpu"):
-        first, others = first[:3], others[-1:]
-    setting, lrs = control(scale, spectra_every=0, diverge_grad_norm=None), control_lrs(scale)[1::2]
-    seeds = _seeds(scale, 12)
-    return [*grid(setting, arm=first, lr=lrs, seed=seeds), *grid(setting, arm=others, lr=lrs, seed=seeds[:6])]
+        return grid(fair(scale, spectra_every=0, warmup_steps=50), arm=arms, lr=fair_lrs(scale), seed=_seeds(scale, 3))
+    setting = fair(scale, spectra_every=0, steps=fair(scale).steps - 200)
+    return [*grid(setting, warmup_steps=[100], arm=arms, lr=[1.2e-2], seed=_seeds(scale, 12)),
+            *grid(setting, warmup_steps=[300], arm=arms, lr=[1.05e-2, 1.15e-2, 1.25e-2], seed=_seeds(scale, 6)),
+            *grid(setting, warmup_steps=[100], arm=arms, lr=[1.05e-2, 1.38e-2], seed=_seeds(scale, 6))]
 
 
-STUDIES = (kss_divergence, kss_more_seeds, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair, kss_matched)
+def kss_matched(scale: str) -> list[RunConfig]:
+    """In `control`'s setting without a limit on the gradient's norm: every penalty at every step with the first
+    gradient of KSS at 0.15, a dose that prevents some and not all; rare large doses; directions that the gradient goes
+    through. 48 runs of what is compared at small differences, else 24 (paper K, Table 6)."""
+    kss = dict(shaping="kss", shaping_alpha=0.15)
+    every = dict(shaping_every=1)
+    first = [{}, kss, kss | every, dict(shaping="unstable", shaping_alpha=0.15) | every]
+    others = [dict(shaping=name, shaping_alpha=round(0.03 * alpha, 4)) | every
+              for name, alpha in PENALTY_ALPHAS.items()]
+    rare = [dict(shaping="kss", shaping_alpha=alpha) for alpha in (5.0, 20.0)]
+    moving = [kss | every | dict(shaping_dmd="pod_moving")]
+    if scale in ("quick", "gpu"):
+        first, others, rare = first[::2], others[2:3], rare[1:]
+    setting, seeds = control(scale, spectra_every=0, diverge_grad_norm=None), _seeds(scale, 12)
+    lrs = control_lrs(scale)[1::2]
+    return [*grid(setting, arm=first, lr=lrs, seed=seeds),
+            *grid(setting, arm=[*others, *rare, *moving], lr=lrs, seed=seeds[:6])]
+
+
+def kss_wider(scale: str) -> list[RunConfig]:
+    """The paper's dose in wider models, on sequences as long as the paper's and with its 2048 token states a layer."""
+    arms, setting = [{}, dict(shaping="kss")], control(scale, spectra_every=0, diverge_grad_norm=None)
+    if scale in ("quick", "gpu"):
+        return grid(setting, d_model=[96 if scale == "quick" else 832], arm=arms, lr=[3e-3], seed=control_seeds(scale))
+    return [config for width, (lrs, seeds) in WIDER.items() for config in grid(
+        setting, seq_len=[64], d_model=[width], arm=arms, lr=lrs, seed=seeds)]
+
+
+def kss_longer(scale: str) -> list[RunConfig]:
+    """The doses at every step that in `kss_learning` learned late or not at all, four times as long."""
+    steps = 300 if scale == "quick" else 6000
+    setting = fair(scale, spectra_every=0, steps=steps, warmup_steps=CONTROL[scale]["warmup_steps"], lr=3e-3)
+    doses = [5.0] if scale in ("quick", "gpu") else [5.0, 0.5]
+    return grid(setting, arm=[EVERY_STEP], shaping_alpha=doses, seed=control_seeds(scale))
+
+
+STUDIES = (kss_divergence, kss_more_seeds, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair, kss_window,
+           kss_matched, kss_warm_up, kss_wider, kss_longer)
 
 AT_PAPER = "KSS 0.15 at every tenth step minus"
 CLAIMS = (
@@ -212,16 +267,39 @@ CLAIMS = (
           f"diverged share where recall is learned, {AT_PAPER} clipping at 1", "<", 0.0),
     Claim("KT3.fair-every-step", "ours", "KSS 0.5 at every step prevents divergence there", "not tested",
           "diverged share where recall is learned, KSS 0.5 at every step minus no control", "<", 0.0),
+    Claim("KF2.fair-dose", "K Fig. 2", "there, more KSS prevents more", "25.0%, 12.5%, 8.3% at alpha 0.10, 0.15, 0.20",
+          "diverged share where recall is learned, KSS 1.5 minus 0.15 at every step", "<", 0.0),
+    Claim("KT3.warm-up-100", "K Table 3", "after a warm-up of 100 steps KSS at the paper's dose prevents divergence",
+          "12.5% against 66.7%", f"diverged share at LR 0.012, {AT_PAPER} no control", "<", 0.0),
+    Claim("KT3.warm-up-300", "K Table 3", "after one of 300 steps it prevents at least half as much as in the paper",
+          "12.5% against 66.7%", f"diverged share at LR 0.0105 to 0.0125, {AT_PAPER} no control", "<", -0.271),
+    Claim("KT3.window", "K Table 5", "KSS at the paper's dose raises the largest stable LR at least half as far",
+          "0.002 to 0.005", "log10 ratio of largest stable LRs, KSS 0.15 at every tenth step over no control", ">",
+          0.199),
+    Claim("KT3.window-clipping", "ours", "and further than clipping does", "not tested",
+          "log10 ratio of largest stable LRs, KSS 0.15 at every tenth step over clipping at 1", ">", 0.0),
+    Claim("KT3.wider", "K Sec. 5.1", "at width 128, on sequences of 64, it prevents at least half as much",
+          "12.5% against 66.7%", f"diverged share at width 128, {AT_PAPER} no control", "<", -0.271),
     Claim("KT3.learning", "ours", "where recall is learned, preventing divergence costs no accuracy", "not tested",
           "final accuracy at each arm's best LR, KSS at alpha 5 and every step minus no control", ">", -0.05),
+    Claim("KT3.late", "ours", "KSS at alpha 5 and every step only delays learning", "not tested",
+          "final accuracy after 6000 steps, KSS at alpha 5 and every step", ">", 0.5),
+    Claim("KF2.rare", "ours", "a larger alpha makes up for a rare application", "not tested",
+          "diverged share by the loss, the better of KSS 5 and 20 at every tenth step minus no control", "<", -0.271),
+    Claim("KF2.moving", "ours", "KSS prevents more where its gradient goes through the fit's directions",
+          "not tested", "diverged share, KSS 0.15 at every step, moving minus fixed directions", "<", -0.104),
     Claim("KT6.unstable-matched", "K Table 6", "full KSS prevents more than its unstable term, by half of that gap",
           "12.5% against 33.3%", "diverged share, KSS 0.15 at every step minus its unstable term", "<", -0.104),
     Claim("KT6.near-unit-matched", "K Table 6", "full KSS prevents more than its near-unit term alone",
           "12.5% against 41.7%", "diverged share at equal first gradient, KSS 0.15 minus near-unit term", "<", 0.0),
-    Claim("KT6.random-l2", "K Table 6", "KSS prevents more than a random l2 penalty on residuals",
-          "12.5% against 54.2%", "diverged share, KSS minus random l2 at the better of two doses", "<", 0.0),
+    Claim("KT6.random-l2-matched", "K Table 6", "KSS prevents more than a random l2 penalty on residuals",
+          "12.5% against 54.2%", "diverged share at equal first gradient, KSS 0.15 minus random l2", "<", 0.0),
     Claim("KT6.jacobian-matched", "K Table 6", "KSS prevents more than a penalty on the layers' Jacobians",
           "12.5% against 45.8%", "diverged share at equal first gradient, KSS 0.15 minus Jacobian penalty", "<", 0.0),
+    Claim("KT6.variance-matched", "K Table 6", "KSS prevents more than a penalty on the activations' variance",
+          "12.5% against 50.0%", "diverged share at equal first gradient, KSS 0.15 minus variance penalty", "<", 0.0),
+    Claim("KT6.random-l2", "K Table 6", "KSS prevents more than a random l2 penalty on residuals",
+          "12.5% against 54.2%", "diverged share, KSS minus random l2 at the better of two doses", "<", 0.0),
     Claim("KT6.activation-variance", "K Table 6", "KSS prevents more than a penalty on the activations' variance",
           "12.5% against 50.0%", "diverged share, KSS minus variance penalty at the better of two doses", "<", 0.0),
     Claim("KT6.norm-matched", "ours", "KSS prevents more than a plain penalty on the residual stream's norm",
@@ -230,5 +308,4 @@ CLAIMS = (
           "r = -0.87 between falls of both", "AUROC of M1 halfway through the warm-up where recall is learned", ">",
           0.7),
 )
-"""Of the claims on `kss_fair` and `kss_matched` differences are taken over pairs of one learning rate and seed
-(`evaluate.share_difference`)."""
+"""Differences of shares are taken over pairs of one learning rate and seed (`evaluate.share_difference`)."""

@@ -1,10 +1,17 @@
 """Chapter 06, warm-up, weight decay, steps and batch size (paper P, Figs 5, 6, E.7, E.9, E.10).
 
-PE10.best-lr kept its criterion and got other runs: over decays of 1e-4 to 1e-2, of which the smaller hardly act in 200
-steps, three seeds had left it undecided; `best_lr_by_decay` has decays that act and ten new seeds. By the scatter of
-the old runs, 0.1 decades of the best LR, ten seeds and 1.5 decades of lambda give the slope to +-0.08 (95% interval, so
-half of its width). Its runs were trained on another machine under torch 2.11, whose initial weights are other draws
-from the same law: they are compared with each other alone.
+The last four grids and their claims (`long`, `longer`, `beyond-memory`) were added when the first three were known:
+there the shortest warm-ups, 2 and 10 steps, lie within Adam's memory of 20, and independent decay comes to 0.01 factors
+of e. PE10.best-lr kept its criterion and is judged on the decays that act, with ten new seeds in place of three.
+
+Pilot, seed 100, 4000 steps: without warm-up, with 5% and with 25% of the run a loss of 2.025, 1.993 and 1.975 at LR
+0.1, of 2.252, 2.149 and 2.028 at LR 0.3.
+
+What these runs can decide, by the scatter of those before them (95% intervals, so half of a width): the loss at one LR
+has a standard deviation over seeds of 0.02 nats at the best LRs and of 0.04 at the highest, LR sensitivity one of 0.02;
+their differences over ten seeds come to +-0.02, over eight to +-0.03. The best LR scatters by 0.1 decades, and its
+slope per decade of lambda, over ten seeds and 1.5 decades, is known to +-0.08. The relative change of LR sensitivity,
+standard deviation 0.05, is known to +-0.08 from four seeds, against a margin of 0.25.
 """
 
 from ..claims import Claim
@@ -44,6 +51,33 @@ def steps_and_batch(scale: str) -> list[RunConfig]:
                 lr=_lrs(scale), seed=[0, 1, 2])
 
 
+def _long(scale: str) -> RunConfig:
+    """The smallest model for twenty times as long: a warm-up of 5% is ten times Adam's memory, 1 / (1 - beta2)."""
+    setting = short(scale)
+    length = {"quick": setting.steps, "cpu": 4000, "gpu": 4000}.get(scale, setting.steps)
+    return replace(setting, **_two_sizes(scale)[0], steps=length, warmup_steps=length // 20,
+                   batch_size=8 if scale == "cpu" else setting.batch_size)
+
+
+def warm_up_long(scale: str) -> list[RunConfig]:
+    """No warm-up, the paper's 5% and 25% of the run, where both are far beyond Adam's memory, on the upper four LRs
+    (paper P, Fig. 5)."""
+    setting = _long(scale)
+    return grid(setting, warmup_steps=[0, setting.warmup_steps, setting.steps // 4], lr=PAPER_LRS[3:],
+                seed=range(10, 20) if scale == "cpu" else range(3))
+
+
+def weight_decay_long(scale: str) -> list[RunConfig]:
+    """Decay by about five factors of e, as in the paper's runs, independent and PyTorch's with the same effect at LR
+    1e-2, over the paper's two LR ranges (paper P, Fig. 6). A tenth of it at `quick`, where a step of the latter would
+    else turn weights over."""
+    setting, seeds = _long(scale), range(10, 18) if scale == "cpu" else range(3)
+    decay, lrs = (0.96 if scale == "quick" else 9.6) / setting.steps, _lrs(scale)
+    return [*grid(setting, weight_decay=[decay], lr=lrs, seed=seeds),
+            *grid(setting, decay=["pytorch"], weight_decay=[round(100 * decay, 8)],
+                  lr=lrs if scale == "quick" else (1e-4, *lrs), seed=seeds)]
+
+
 def best_lr_by_decay(scale: str) -> list[RunConfig]:
     """Independent decays that act in a short run, 0.1 to 3 factors of e, on the LRs around the best (paper P, Fig.
     E.10)."""
@@ -51,6 +85,14 @@ def best_lr_by_decay(scale: str) -> list[RunConfig]:
     times = setting.steps / 200
     decays = [1e-2, 3e-2] if scale == "quick" else [round(decay / times, 8) for decay in (1e-3, 3e-3, 1e-2, 3e-2)]
     return grid(setting, weight_decay=decays, lr=PAPER_LRS[2:], seed=range(3, 13) if scale == "cpu" else range(3))
+
+
+def longer_runs(scale: str) -> list[RunConfig]:
+    """Two, four and eight times the steps (paper P, Fig. E.7)."""
+    setting = replace(short(scale), **_two_sizes(scale)[0])
+    changes = [dict(steps=setting.steps * x, warmup_steps=setting.warmup_steps * x)
+               for x in {"quick": (2,), "cpu": (2, 4, 8)}.get(scale, (2, 4))]
+    return grid(setting, change=changes, lr=_lrs(scale), seed=range(3, 7) if scale == "cpu" else range(3))
 
 
 def _two_sizes(scale: str) -> list[dict]:
@@ -62,13 +104,21 @@ def _lrs(scale: str) -> tuple[float, ...]:
     return PAPER_LRS[2::2] if scale == "quick" else PAPER_LRS
 
 
-STUDIES = (warm_up, weight_decay, steps_and_batch, best_lr_by_decay)
+STUDIES = (warm_up, weight_decay, steps_and_batch, warm_up_long, weight_decay_long, best_lr_by_decay, longer_runs)
 
 CLAIMS = (
     Claim("P5.sensitivity", "P Fig. 5", "a longer warm-up lowers LR sensitivity", "lowers LR sensitivity",
           "LR sensitivity with the longest minus with the shortest warm-up (nats)", "<", 0.0),
     Claim("P5.loss", "P Fig. 5", "a longer warm-up lowers the loss", "lowers loss",
           "best loss over the LRs with the longest minus with the shortest warm-up (nats)", "<", 0.0),
+    Claim("P5.long-sensitivity", "P Fig. 5", "in a long run a longer warm-up lowers LR sensitivity",
+          "lowers LR sensitivity",
+          "LR sensitivity over LRs from 0.01 with a warm-up of 25% minus with none, 4000 steps (nats)", "<", 0.0),
+    Claim("P5.long-loss", "P Fig. 5", "in a long run a longer warm-up lowers the loss", "lowers loss",
+          "best loss over LRs from 0.01 with a warm-up of 25% minus with none, 4000 steps (nats)", "<", 0.0),
+    Claim("P5.beyond-memory", "ours", "a warm-up of fifty times Adam's memory beats one of ten times",
+          "longer is better",
+          "mean loss at LRs 0.1 and 0.3 with a warm-up of 25% minus with 5%, 4000 steps (nats)", "<", 0.0),
     Claim("P5.larger", "P Fig. 5", "it helps the larger model more", "most for the larger models",
           "change of LR sensitivity from the shortest to the longest warm-up, largest minus smallest size (nats)",
           "<", 0.0),
@@ -76,11 +126,19 @@ CLAIMS = (
           "lower than with PyTorch-style decay",
           "LR sensitivity with independent minus with PyTorch-style decay, the latter over the better of the "
           "paper's two LR ranges (nats)", "<", 0.0),
+    Claim("P6.long-sensitivity", "P Fig. 6", "so it does where decay comes to about five factors of e",
+          "lower than with PyTorch-style decay",
+          "LR sensitivity with independent minus with PyTorch-style decay, the latter over the better of the "
+          "paper's two LR ranges, 4000 steps (nats)", "<", 0.0),
+    Claim("P6.long-above-best", "ours", "and where slow learning at low learning rates does not count", "not tested",
+          "the same over LRs from each seed's best one up, usual range", "<", 0.0),
     Claim("PE10.best-lr", "P Fig. E.10", "more weight decay moves the best learning rate slightly up",
           "slightly right", "slope of log10 best LR per decade of lambda, independent decay", ">", 0.0),
     Claim("PE7.steps", "P Figs E.7, E.9", "LR sensitivity hardly depends on the number of steps",
           "hardly changes",
           "LR sensitivity with double minus half the steps, over that with the usual number", "within", 0.25),
+    Claim("PE7.longer", "P Figs E.7, E.9", "nor does it in longer runs", "hardly changes",
+          "LR sensitivity at 1600 minus at 400 steps, over that at 800", "within", 0.25),
     Claim("PE9.batch", "P Figs E.7, E.9", "LR sensitivity hardly depends on the batch size", "hardly changes",
           "LR sensitivity with double minus half the batch, over that with the usual size", "within", 0.25),
 )

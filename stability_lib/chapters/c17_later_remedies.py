@@ -7,8 +7,9 @@ largest size and of its lower learning rates.
 What the runs can decide: of chapter 01's two arms at this size, the difference of LR sensitivities, paired by seed, has
 a 95% interval of +-0.035 nats, that of the losses at the best learning rates of +-0.005. Effects of twice these show;
 margins of sameness are 0.1 (0.05 where both arms have qk-norm) and 0.05 nats. At the largest size these intervals are
-+-0.034 and +-0.018. LR sensitivity goes by LRS at both sizes of which claims speak, the loss at the best learning rate
-by all rates that an arm has there.
++-0.034 and +-0.018. One seed's order of the ten arms by LR sensitivity correlates by 0.95 or more with the others' at
+this size, and by 0.89 or more with it at the smaller. LR sensitivity goes by LRS at both sizes of which claims speak,
+the loss at the best learning rate by all rates that an arm has there.
 
 Pilots before the claims: one seed that no study uses, at the smaller size and learning rates of 0.003, 0.03 and 0.3.
 There Muon and gated attention reached lower losses than no remedy at 0.03, sigma-reparametrization a higher one; at 0.3
@@ -20,9 +21,9 @@ scale `quick` QK-clip has nothing to do at the best learning rate, so that the d
 the rule cannot judge. They now go by the next learning rate of the grid, where it has.
 
 The claims `large-...` and `lower-rates` came later, before any of their runs but with all of the middle size's known,
-and chapter 01's two arms at the largest. They have the words and criteria of the middle size's. More were made, for all
-ten arms, and wait for theirs: the arms that train one run at a time on a GPU were cut from these grids for want of
-time, not by outcome.
+and chapter 01's two arms at the largest. Where a claim has the words of one of the middle size, so has its criterion,
+but for two that said less than they seemed to there: `large-qklr-as-norm` goes by LR sensitivity, `large-sigma-costs`
+by the loss.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ LRS = (1e-2, 3e-2, 1e-1, 3e-1)
 """The upper learning rates of chapter 01, from where its two arms are best at these sizes: below, remedies have nothing
 to do. `later_remedies` has one below them for the arms whose best learning rates are compared."""
 _TOGETHER = (NONE, "qk-norm", "soft cap", "soft cap, qk-norm", "gated attention")
-"""Arms whose runs train together on a GPU: of the larger and the lower study the only ones."""
+"""Arms whose runs train together on a GPU."""
 _LENGTH = {"quick": dict(steps=60, warmup_steps=3), "gpu": dict(steps=600, warmup_steps=30, probe_every=20)}
 
 
@@ -92,23 +93,23 @@ def later_remedies_smaller(scale: str) -> list[RunConfig]:
 
 
 def later_remedies_larger(scale: str) -> list[RunConfig]:
-    """Five arms in the largest size of chapter 01; of those whose best learning rate may lie below the others' lowest
+    """The same in the largest size of chapter 01; of the arms whose best learning rate may lie below the others' lowest
     also there. Nothing at `quick`; at `gpu` less, for a few minutes in all."""
     if check_scale(scale) == "quick":
         return []
-    size, low = SIZES[scale][2], (NONE, "qk-norm", "gated attention")
+    size, low = SIZES[scale][2], (NONE, "qk-norm", "gated attention", "scaled LR of Q and K")
     if scale == "gpu":
         return [replace(c, steps=300, warmup_steps=15) for c in _arms(scale, size, (LRS[0], *LRS[2:]), _TOGETHER)]
-    return _arms(scale, size, LRS, _TOGETHER) + _arms(scale, size, (3e-3,), low)
+    return _arms(scale, size, LRS) + _arms(scale, size, (3e-3,), low)
 
 
 def later_remedies_lower(scale: str) -> list[RunConfig]:
-    """Five arms in the size of `later_remedies` below its lowest learning rate; nothing at `quick`, less at `gpu`."""
+    """Every arm in the size of `later_remedies` below its lowest learning rate; nothing at `quick`, less at `gpu`."""
     if check_scale(scale) == "quick":
         return []
     if scale == "gpu":
         return _arms(scale, studies.size(192, 4, 32), (3e-3,), (NONE, "qk-norm", "gated attention"))
-    return _arms(scale, SIZES[scale][1], (1e-3, 3e-3), _TOGETHER)
+    return _arms(scale, SIZES[scale][1], (1e-3, 3e-3))
 
 
 def remedy_cost(scale: str) -> list[RunConfig]:
@@ -166,6 +167,19 @@ CLAIMS = (
           "a higher base LR", f"{_SENSITIVITY} with scaled LRs minus without a remedy", "<", 0.0),
     Claim("L17.qklr-as-norm", "Anson and Aitchison 2025", "they do as well as qk-norm", "competitive with qk-norm",
           f"{_BETTER}, scaled LRs minus qk-norm", "within", 0.05),
+    Claim("L17.large-clip-helps", "Kimi K2, Sec. 2.1", "QK-clip makes the largest size stable, too",
+          "logits stay at 100, no loss spike", f"{_SENSITIVITY} with QK-clip minus without a remedy, {_LARGE}", "<",
+          0.0),
+    Claim("L17.large-clip-as-norm", "ours", "QK-clip does what qk-norm does at the largest size", "",
+          f"{_SENSITIVITY} with QK-clip minus with qk-norm, {_LARGE}", "within", 0.1),
+    Claim("L17.large-muon-better", "Moonlight, Fig. 1", "Muon reaches a lower loss than AdamW at the largest size, too",
+          "half of the compute for the same loss", f"{_BETTER}, Muon minus no remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.large-muon-logits", "Kimi K2, Sec. 2.1",
+          "attention logits grow more under Muon than under AdamW at the largest size", "explode more often",
+          f"log10 ratio of the peak logits, Muon over AdamW, mean over LRs from 0.01, {_LARGE}", ">", 0.0),
+    Claim("L17.large-muonclip-helps", "Kimi K2, Sec. 2.1", "QK-clip makes Muon stable at the largest size, too",
+          "logits stay at 100, no loss spike", f"{_SENSITIVITY} of Muon with QK-clip minus without, {_LARGE}", "<",
+          0.0),
     Claim("L17.large-cap-helps", "Gemma 2", "a soft cap of 50 makes the largest size stable, too", "used for that",
           f"{_SENSITIVITY} with the cap minus without a remedy, {_LARGE}", "<", 0.0),
     Claim("L17.large-cap-redundant", "ours, against Rybakov et al. 2024",
@@ -177,6 +191,17 @@ CLAIMS = (
           "better at 1.7B and 15B", f"{_BETTER}, gated minus no remedy, {_LARGE}", "<", 0.0),
     Claim("L17.large-gate-helps", "Qiu et al. 2025", "gated attention stands higher learning rates at the largest size",
           "tolerates larger LRs", f"{_SENSITIVITY} gated minus without a remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.large-sigma-costs", "ours, against Zhai et al. 2023",
+          "sigma-reparametrization costs loss at the largest size", "as good as without",
+          f"{_BETTER}, sigma-reparam minus no remedy, {_LARGE}", ">", 0.0),
+    Claim("L17.large-qklr-helps", "Anson and Aitchison 2025",
+          "scaled learning rates of W_Q and W_K allow higher ones at the largest size, too", "a higher base LR",
+          f"{_SENSITIVITY} with scaled LRs minus without a remedy, {_LARGE}", "<", 0.0),
+    Claim("L17.large-qklr-as-norm", "Anson and Aitchison 2025", "they do as well as qk-norm at high rates, there",
+          "competitive with qk-norm", f"{_SENSITIVITY} with scaled LRs minus with qk-norm, {_LARGE}", "within", 0.1),
+    Claim("L17.large-order", "ours", "the arms stand in the same order at the largest size", "",
+          "rank correlation over the arms of the LR sensitivity of a seed at the largest size with the mean at the "
+          "middle one", ">", 0.7),
     Claim("L17.lower-rates", "ours", "below 0.01 no arm is better at the middle size", "",
-          "least of any arm tried there, by seed: loss at an LR of 0.003 minus at 0.01 (nats)", ">", 0.0),
+          "least of any arm, by seed: loss at an LR of 0.003 minus at 0.01 (nats)", ">", 0.0),
 )
