@@ -316,9 +316,8 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None, scale:
 
     A run whose attention logits stayed below 1e4 must reach its final loss within `tolerance` (nats). Past that the
     dynamics are chaotic and last bits differ between machines: such a run must end within 0.3 nats and its logits peak
-    within a factor of 3. One whose logits were not probed may be either, and must end within 0.3 nats; so must one that
-    started from other weights (`_started_elsewhere`). A diverged run must diverge again. Raises `ValueError` where n is
-    not positive, the tolerance no distance, or a run not in the reference.
+    within a factor of 3. One whose logits were not probed may be either, and must end within 0.3 nats. A diverged run must
+    diverge again. Raises `ValueError` where n is not positive, the tolerance no distance, or a run not in the reference.
     """
     if n < 1:
         raise ValueError(f"--n must be at least 1, got {n}")
@@ -335,7 +334,7 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None, scale:
     for (study, _, reference), again in zip(chosen, fresh, strict=True):
         was, now = reference.iloc[0], again.iloc[0]
         logits = [float(runs.peak(frame, "attention_logit_max").iloc[0]) for frame in (reference, again)]
-        agrees = _agree(was, now, [math.nan] * 2 if _started_elsewhere(was) else logits, tolerance)
+        agrees = _agree(was, now, logits, tolerance)
         rows.append({"study": study, "key": was["key"], "status": f"{was['status']} / {now['status']}",
                      "reference": was["loss_final"], "again": now["loss_final"],
                      "logit peak": f"{logits[0]:.3g} / {logits[1]:.3g}", "agrees": agrees})
@@ -360,11 +359,6 @@ def _reference(study: str, config: RunConfig, scale: str = "cpu") -> pd.DataFram
         raise ValueError(f"{path} lacks the run {key}: train it with `stability-lib reference {study}"
                          f"{' --scale ' + scale if scale != 'cpu' else ''}`")
     return runs.frame([rows[key]])
-
-
-def _started_elsewhere(was: pd.Series) -> bool:
-    """Whether a run was trained by a torch that drew the truncated weights of `fan_in` otherwise from the same seed."""
-    return was["init"] == "fan_in" and tuple(map(int, was["provenance"]["torch"].split(".")[:2])) < (2, 13)
 
 
 def _agree(was: pd.Series, now: pd.Series, logits: list[float], tolerance: float) -> bool:
