@@ -316,8 +316,9 @@ def audit(n: int, tolerance: float, device: str, seed: int | None = None, scale:
 
     A run whose attention logits stayed below 1e4 must reach its final loss within `tolerance` (nats). Past that the
     dynamics are chaotic and last bits differ between machines: such a run must end within 0.3 nats and its logits peak
-    within a factor of 3. One whose logits were not probed may be either, and must end within 0.3 nats. A diverged run must
-    diverge again. Raises `ValueError` where n is not positive, the tolerance no distance, or a run not in the reference.
+    within a factor of 3. One whose logits were not probed may be either, and must end within 0.3 nats. A diverged run
+    must diverge again. Raises `ValueError` where n is not positive, the tolerance no distance, or a run not in the
+    reference.
     """
     if n < 1:
         raise ValueError(f"--n must be at least 1, got {n}")
