@@ -281,8 +281,8 @@ def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
     metrics = metrics or ("near_unit_mass", "expansive_mass", "contractive_mass")
     for metric, colour, marker in zip(metrics, color_palette("deep", len(metrics)), cycle("o^sDv"), strict=False):
         ax.plot(table["layer"], table[metric], marker + "-", color=colour, label=metric.replace("_", " "))
-        hollow = table[table["degenerate"]]
-        ax.plot(hollow["layer"], hollow[metric], marker, color=colour, mfc="white")
+        for hollow in table[table["degenerate"]].to_dict("records"):
+            ax.plot(hollow["layer"], hollow[metric], marker, color=colour, mfc="white")
     ax.set(xlabel="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
