@@ -126,6 +126,7 @@ def docstring(app, kind: str, name: str, of, options, lines: list[str]) -> None:
     """The event `autodoc-process-docstring`: our plain docstrings as reStructuredText."""
     text = re.sub(r"`[^`]*`|[|*]", lambda match: match[0] if match[0][0] == "`" else f"\\{match[0]}", "\n".join(lines))
     text = re.sub(r"(\S)\n(?=- )", r"\1\n\n", text)  # a list after its sentence
+    text = re.sub(r"^(- .*(?:\n +\S.*)*)\n(?=[^\s-])", r"\1\n\n", text, flags=re.M)  # a sentence after its list
     text = re.sub(r"(?<!\n)\n\n(?= {4}\S)", "\n\n::\n\n", text)  # indented code
     if kind in ("attribute", "data", "property"):  # napoleon would take what stands before a colon for a type
         text = f"..\n\n{text}"

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 
 import jinja2
@@ -115,11 +116,12 @@ def _depth(profiles: Mapping[str, Profile]) -> Figure:
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     for ax, metric in zip(figure.subplots(2, len(SHOWN) // 2).flat, SHOWN, strict=True):
-        for (name, profile), colour in zip(profiles.items(), color_palette("deep"), strict=False):
+        for (name, profile), colour, marker in zip(profiles.items(), color_palette("deep"), cycle("o^sDv"),
+                                                   strict=False):
             table = profile.table()
             values = table[metric].replace([np.inf, -np.inf], np.nan)
-            ax.plot(table["layer"], values, ".-", color=colour, label=name)
-            ax.plot(table["layer"][table["degenerate"]], values[table["degenerate"]], "o", mfc="white", color=colour)
+            ax.plot(table["layer"], values, marker + "-", markersize=4, color=colour, label=name)
+            ax.plot(table["layer"][table["degenerate"]], values[table["degenerate"]], marker, mfc="white", color=colour)
             if metric not in SHARES and values.min() > 0 and values.max() > 20 * values.min():
                 ax.set_yscale("log")
         if ax.get_yscale() == "linear":

@@ -33,6 +33,9 @@ CURES = {name: sns.color_palette("dark")[i] for name, i in (("neither", 0), ("z-
                                                             ("stronger z-loss", 4))}
 """A colour by what holds the output logits, the same in every figure."""
 
+MARKERS = "osD^vPX"
+"""A marker by line, so that lines are told apart in grey too."""
+
 _END = "line end"
 
 
@@ -66,7 +69,7 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str
     keep the order of their first appearance, or the colours of `palette`. `style` is a column of keys of `LINE`. The
     `band` is the 95% t `interval` of the mean, the `log interval` of the geometric mean, for log axes, the `range` of
     the seeds, its `log range` about their geometric mean, or about the median their `middle` 80%. `drawn` goes to
-    seaborn's lineplot.
+    seaborn's lineplot; of a dict in it, such as a marker by line, each line gets its own.
     """
     sizes, numeric = hue in ("n_params", "d_model"), pd.api.types.is_numeric_dtype(frame[hue])
     names = [] if numeric else frame[hue].dropna().unique()
@@ -80,7 +83,8 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str
                 f"{name} {value:g}".strip() if numeric else QK_LABEL.get(value, value))
         sns.lineplot(group, x=x, y=y, ax=ax, color=colours[value], estimator=centre, errorbar=errorbar, legend=False,
                      linestyle=LINE[line[0] if line else value] if style else "-",
-                     err_kws={"alpha": 0.15, "linewidth": 0}, **drawn)
+                     err_kws={"alpha": 0.15, "linewidth": 0},
+                     **{key: given[value] if isinstance(given, dict) else given for key, given in drawn.items()})
         last = group[group[x] == group[x].max()]
         ends.append((last[x].iloc[0], last[y].agg(centre), f"{text}, {QK_LABEL[line[0]]}" if styled else text,
                      colours[value]))
@@ -233,8 +237,9 @@ def shares(ax: Axes, table: pd.DataFrame, x: str, hue: str, label: Callable, y: 
     """y against x on a log axis, a line per value of the column `hue` with `label` of it at its end: of a table of
     `evaluate.divergence_rates` the `rate` with its exact interval, or another column without."""
     ends, table = [], table.reset_index().sort_values(x)
-    for (value, group), colour in zip(table.groupby(hue, dropna=False), sns.color_palette("dark"), strict=False):
-        ax.plot(group[x], group[y], LINE.get(label(value), "-"), color=colour, marker="o", markersize=4)
+    for (value, group), colour, marker in zip(table.groupby(hue, dropna=False), sns.color_palette("dark"), MARKERS,
+                                              strict=False):
+        ax.plot(group[x], group[y], LINE.get(label(value), "-"), color=colour, marker=marker, markersize=5)
         if y == "rate":
             ax.fill_between(group[x], group["low"], group["high"], color=colour, alpha=0.1, linewidth=0)
         ends.append((group[x].iloc[-1], group[y].iloc[-1], label(value), colour))

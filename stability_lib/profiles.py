@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -278,10 +279,10 @@ def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
 
     table = profile.table()
     metrics = metrics or ("near_unit_mass", "expansive_mass", "contractive_mass")
-    for metric, colour in zip(metrics, color_palette("deep", len(metrics)), strict=True):
-        ax.plot(table["layer"], table[metric], color=colour, label=metric.replace("_", " "))
-        ax.scatter(table["layer"], table[metric], s=30, edgecolors=[colour], zorder=3,
-                   facecolors=["none" if hollow else colour for hollow in table["degenerate"]])
+    for metric, colour, marker in zip(metrics, color_palette("deep", len(metrics)), cycle("o^sDv"), strict=False):
+        ax.plot(table["layer"], table[metric], marker + "-", color=colour, label=metric.replace("_", " "))
+        for hollow in table[table["degenerate"]].to_dict("records"):
+            ax.plot(hollow["layer"], hollow[metric], marker, color=colour, mfc="white")
     ax.set(xlabel="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)

@@ -75,6 +75,12 @@ def test_links_beyond_the_book_lead_to_the_repository():
     assert CONF.linked(text, Path("README.md")) == expected
 
 
+def test_a_docstring_s_list_stands_apart_from_the_sentences_about_it():
+    lines = ["Known:", "- one, which", "  goes on", "- two", "Then more, a - b", "and the end."]
+    CONF.docstring(None, "module", "m", None, None, lines)
+    assert lines == ["Known:", "", "- one, which", "  goes on", "", "- two", "", "Then more, a - b", "and the end."]
+
+
 def test_every_formula_becomes_mathml_whole():
     formulas = [found[1] or found[2] for page in PAGES if page.suffix != ".rst"
                 for found in re.finditer(r"\$\$(.+?)\$\$|(?<![\w\\])\$([^$\n]+?)\$(?!\d)", prose(page), flags=re.S)]
