@@ -6,6 +6,7 @@ nothing else is said, labels at the lines themselves.
 
 import io
 from collections.abc import Callable, Iterable
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -236,8 +237,8 @@ def counts(ax: Axes, runs: pd.DataFrame, rows: str, columns: str, marked: str, l
 def shares(ax: Axes, table: pd.DataFrame, x: str, hue: str, label: Callable, y: str = "rate") -> Axes:
     """y against x on a log axis, a line per value of the column `hue` with `label` of it at its end: of a table of
     `evaluate.divergence_rates` the `rate` with its exact interval, or another column without."""
-    ends, table = [], table.reset_index().sort_values(x)
-    for (value, group), colour, marker in zip(table.groupby(hue, dropna=False), sns.color_palette("dark"), MARKERS,
+    ends, groups = [], table.reset_index().sort_values(x).groupby(hue, dropna=False)
+    for (value, group), colour, marker in zip(groups, sns.color_palette("dark", len(groups)), cycle(MARKERS),
                                               strict=False):
         ax.plot(group[x], group[y], LINE.get(label(value), "-"), color=colour, marker=marker, markersize=5)
         if y == "rate":

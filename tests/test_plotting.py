@@ -79,6 +79,11 @@ def test_a_band_on_a_log_axis_stays_positive():
     assert ax.collections[0].get_datalim(ax.transData).y0 > 0
 
 
+def test_shares_draw_a_line_for_each_of_many_groups():
+    table = pd.DataFrame({"lr": [1e-3, 1e-2] * 12, "arm": np.repeat(range(12), 2), "rate": 0.5, "low": 0.2, "high": 0.8})
+    assert len(plotting.shares(plt.figure().gca(), table, "lr", "arm", str).lines) == 12
+
+
 def test_heat_maps_and_shares_keep_the_group_without_a_value():
     runs = pd.DataFrame({"clip_norm": [None, None, 1.0, 1.0], "lr": [0.1, 0.2] * 2, "failed": [True, False] * 2})
     ax = plotting.counts(plt.figure().gca(), runs, "clip_norm", "lr", "failed")
