@@ -80,7 +80,7 @@ def test_a_band_on_a_log_axis_stays_positive():
 
 
 def test_shares_draw_a_line_for_each_of_many_groups():
-    table = pd.DataFrame({"lr": [1e-3, 1e-2] * 12, "arm": np.repeat(range(12), 2), "rate": 0.5, "low": 0.2, "high": 0.8})
+    table = pd.DataFrame({"lr": [1e-3, 1e-2] * 12, "arm": np.repeat(range(12), 2)}).assign(rate=0.5, low=0.2, high=0.8)
     assert len(plotting.shares(plt.figure().gca(), table, "lr", "arm", str).lines) == 12
 
 
