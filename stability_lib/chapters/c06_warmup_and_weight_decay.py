@@ -1,7 +1,7 @@
 """Chapter 06, warm-up, weight decay, steps and batch size (paper P, Figs 5, 6, E.7, E.9, E.10).
 
 `warm_up_long`, `weight_decay_long`, `longer_runs` and their claims (`long`, `longer`, `beyond-memory`) were set when
-the first three grids were known, and before their own runs: there the shortest warm-ups, 2 and 10 steps, lie within Adam's
+the first three grids were known, before their own runs: there the shortest warm-ups, 2 and 10 steps, lie within Adam's
 memory of 20, and independent decay comes to 0.01 factors of e. PE10.best-lr kept its criterion: over decays of 1e-4 to
 1e-2 three seeds had left it undecided, so it is judged on decays that act and ten new seeds (`best_lr_by_decay`). Those
 runs were trained twice, first from other initial weights, with a slope of 0.57 [0.50, 0.64].
