@@ -83,6 +83,22 @@ def mean(values: Iterable[float]) -> Estimate:
     return estimate(centre, len(x), bounds)
 
 
+def unpaired(first: Iterable[float], second: Iterable[float]) -> Estimate:
+    """Mean of the first minus mean of the second, of which no two belong together, with Welch's interval; unbounded
+    where either has one value. `n` counts the first."""
+    a, b = (np.asarray(list(values), dtype=float) for values in (first, second))
+    _reject_nan(np.append(a, b))
+    errors = [np.inf if len(x) < 2 else x.var(ddof=1) / len(x) for x in (a, b)]
+    centre, error = a.mean() - b.mean(), np.sqrt(sum(errors))
+    freedom = error**4 / sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True)) if (
+        0 < error < np.inf) else 1
+
+    def bounds(level: float) -> tuple[float, float]:
+        half = stats.t.ppf(0.5 + level / 2, freedom) * error
+        return centre - half, centre + half
+    return estimate(centre, len(a), bounds)
+
+
 def geometric_mean(values: Iterable[float]) -> Estimate:
     """The mean of quantities that live on a log axis: of their logs, with Student's t interval there.
 

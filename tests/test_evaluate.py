@@ -617,3 +617,15 @@ def test_a_difference_of_shares_is_taken_over_pairs_and_keeps_a_width():
     same = evaluate.share_difference(pd.concat([none, never]), "diverged", "arm", "never", "none", ["lr", "seed"])
     assert (same.low, same.high) == (lambda e: (e.low, e.high))(evaluate.proportion_difference((0, 24), (12, 24)))
     assert evaluate.share_difference(none, "diverged", "arm", "some", "none", ["lr", "seed"]) is None
+
+
+def test_means_without_pairs_have_welchs_interval():
+    a, b = [1.0, 2.0, 4.0, 3.5], [0.5, 0.7, 0.4]
+    found, wanted = evaluate.unpaired(a, b), stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    assert found.bounds(0.9) == pytest.approx(tuple(wanted))
+    assert (found.value, found.n) == (pytest.approx(np.mean(a) - np.mean(b)), 4)
+
+
+def test_means_without_pairs_are_unbounded_for_one_value_and_exact_without_scatter():
+    assert evaluate.unpaired([1.0, 2.0], [1.0]).low == -np.inf
+    assert (evaluate.unpaired([2.0, 2.0], [1.0, 1.0]).low, evaluate.unpaired([2.0, 2.0], [1.0, 1.0]).high) == (1, 1)

@@ -106,6 +106,7 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "kss_largest_stable_lr", "kss_more_seeds", "kss_fair", "kss_matched",
                    "kss_normed", "kss_beyond", "spectra_at_init", "language_text",
                    "language_synthetic", "language_synthetic_sizes", "vision", "profiles", "architectures",
+                   "warm_up_long", "weight_decay_long", "longer_runs",
                    "router_collapse", "remedies_of_both", "norm_placements", "profiles_at_start", "near_failing",
                    "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
                    "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds",
