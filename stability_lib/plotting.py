@@ -250,13 +250,14 @@ def shares(ax: Axes, table: pd.DataFrame, x: str, hue: str, label: Callable, y: 
 
 def forecasts_by_group(ax: Axes, frame: pd.DataFrame, group: str, actual: str, forecasts: list[str]) -> Axes:
     """Learning rates, one `group` a line from the top down: the column `actual` as bars across the line, each column of
-    `forecasts` as dots of its own colour and height, a dot a row."""
+    `forecasts` as marks of its own shape, colour and height, one a row."""
     groups = list(frame[group].unique())[::-1]
     heights = frame[group].map({name: height for height, name in enumerate(groups)})
     ax.vlines(frame[actual], heights - 0.42, heights + 0.42, linewidth=2.5, color="0.2", label=actual)
-    for name, shift, colour in zip(forecasts, np.linspace(0.25, -0.25, len(forecasts)), sns.color_palette("deep"),
-                                   strict=False):
-        ax.scatter(frame[name], heights + shift, s=32, linewidths=0, alpha=0.8, color=colour, zorder=3, label=name)
+    for name, shift, colour, marker in zip(forecasts, np.linspace(0.25, -0.25, len(forecasts)),
+                                           sns.color_palette("deep"), "os^Dv", strict=False):
+        ax.scatter(frame[name], heights + shift, s=32, linewidths=0, alpha=0.8, color=colour, marker=marker, zorder=3,
+                   label=name)
     ax.set(xscale="log", yticks=range(len(groups)), yticklabels=groups)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return ax

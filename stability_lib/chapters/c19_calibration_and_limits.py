@@ -11,6 +11,7 @@ What these runs can decide: the kicks' errors on the eight have a standard devia
 so that 48 give their mean to +-0.08: 0.2 shows as less than 0.3, 0.25 may not. Differences of two errors on the eight
 had one of 0.32 (kicks) and 0.61 (spectra): 48 give them to +-0.09, and the 33 that have a profile to +-0.22. The
 difference of AUROCs is -0.13 on the eight; the 26 of the forty that have a profile (ReZero has none) give it to +-0.06.
+As it turned out 33 of the forty and 40 of the 48 have one: ReZero does where a norm stands on the stream.
 
 `KT2.held-out-norms` and `KT2.largest-stable-lr` are about norms, of which there are seven, whatever is trained. At the
 scatter there is, about 60 norm types would decide the first, and ten the second.
