@@ -617,3 +617,14 @@ def test_a_difference_of_shares_is_taken_over_pairs_and_keeps_a_width():
     same = evaluate.share_difference(pd.concat([none, never]), "diverged", "arm", "never", "none", ["lr", "seed"])
     assert (same.low, same.high) == (lambda e: (e.low, e.high))(evaluate.proportion_difference((0, 24), (12, 24)))
     assert evaluate.share_difference(none, "diverged", "arm", "some", "none", ["lr", "seed"]) is None
+
+
+def test_the_largest_lr_lies_below_the_first_mark_of_each_seed():
+    marks = {0: [0, 0, 1], 1: [0, 1, 0], 2: [1, 0, 0], 3: [0, 0, 0]}  # what comes after a mark does not count
+    runs = pd.DataFrame([{"seed": seed, "lr": lr, "diverged": bool(mark)} for seed, of_seed in marks.items()
+                         for lr, mark in zip([0.1, 0.2, 0.8], of_seed, strict=True)])
+    found = evaluate.largest_lr(runs.sample(frac=1, random_state=0), "diverged")
+    assert (10**found).to_dict() == pytest.approx({0: 0.2, 1: 0.1, 2: 0.05, 3: 0.8})
+    for wrong in (runs[1:], pd.concat([runs, runs[:1]]), runs[runs["lr"] == 0.1]):
+        with pytest.raises(ValueError):
+            evaluate.largest_lr(wrong, "diverged")

@@ -181,6 +181,15 @@ def kss_fair(scale: str) -> list[RunConfig]:
             *grid(apart, lr=[round(lr / LOWER, 7) for lr in lrs], seed=seeds)]
 
 
+def fair_arms(runs: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """`kss_fair`'s runs with their `arm`, whether they `diverged`, and accuracy in percent; those at a third of a rate
+    are `lower LR` and stand at the rate they are a third of, with which they pair."""
+    runs = runs.assign(arm=[control_name(run) for run in runs.to_dict("records")],
+                       diverged=runs["status"] == "diverged", accuracy=100 * runs["accuracy_final"])
+    low = runs["lr"] < 0.9 * min(fair_lrs(scale))
+    return runs.assign(arm=runs["arm"].mask(low, "lower LR"), lr=runs["lr"].mask(low, (LOWER * runs["lr"]).round(4)))
+
+
 def kss_fair_seeds(scale: str) -> list[RunConfig]:
     """16 more seeds of no control, clipping and the paper's dose in `kss_fair`, whose six left the paper's dose open.
     At the spread between those (0.41 in shares, 0.34 in accuracy) 22 seeds give intervals of 18 and 15 points to each
