@@ -186,8 +186,8 @@ def fair_arms(runs: pd.DataFrame, scale: str) -> pd.DataFrame:
     are `lower LR` and stand at the rate they are a third of, with which they pair."""
     runs = runs.assign(arm=[control_name(run) for run in runs.to_dict("records")],
                        diverged=runs["status"] == "diverged", accuracy=100 * runs["accuracy_final"])
-    low = runs["lr"] < 0.9 * min(fair_lrs(scale))
-    return runs.assign(arm=runs["arm"].mask(low, "lower LR"), lr=runs["lr"].mask(low, (LOWER * runs["lr"]).round(4)))
+    third = {round(lr / LOWER, 7): lr for lr in fair_lrs(scale)}
+    return runs.assign(arm=runs["arm"].mask(runs["lr"].isin(third), "lower LR"), lr=runs["lr"].replace(third))
 
 
 def kss_fair_seeds(scale: str) -> list[RunConfig]:
