@@ -190,16 +190,6 @@ def fair_arms(runs: pd.DataFrame, scale: str) -> pd.DataFrame:
     return runs.assign(arm=runs["arm"].mask(runs["lr"].isin(third), "lower LR"), lr=runs["lr"].replace(third))
 
 
-def kss_fair_seeds(scale: str) -> list[RunConfig]:
-    """16 more seeds of no control, clipping and the paper's dose in `kss_fair`, whose six left the paper's dose open.
-    At the spread between those (0.41 in shares, 0.34 in accuracy) 22 seeds give intervals of 18 and 15 points to each
-    side, which tell half of the paper's effect from none. Fixed before these runs: the three claims that compare these
-    arms are judged by all 22 seeds."""
-    seeds = range(6, 22) if scale == "cpu" else [7]
-    arms = [{}, dict(clip_norm=1.0), dict(shaping="kss")]
-    return grid(fair(scale, spectra_every=0), arm=arms, lr=fair_lrs(scale), seed=seeds)
-
-
 def _seeds(scale: str, n: int) -> list[int]:
     """The first n at scale `cpu`, else those of `control_seeds`."""
     return list(range(n)) if scale == "cpu" else control_seeds(scale)
@@ -262,8 +252,8 @@ def kss_longer(scale: str) -> list[RunConfig]:
     return grid(setting, arm=[EVERY_STEP], shaping_alpha=doses, seed=control_seeds(scale))
 
 
-STUDIES = (kss_divergence, kss_more_seeds, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair,
-           kss_fair_seeds, kss_window, kss_matched, kss_warm_up, kss_wider, kss_longer)
+STUDIES = (kss_divergence, kss_more_seeds, kss_dose, kss_readings, kss_ablations, kss_learning, kss_fair, kss_window,
+           kss_matched, kss_warm_up, kss_wider, kss_longer)
 
 AT_PAPER = "KSS 0.15 at every tenth step minus"
 CLAIMS = (
