@@ -74,7 +74,7 @@ def kss_normed_finer(scale: str) -> list[RunConfig]:
     these runs: the three claims on largest stable rates with norms are judged by these seeds alone."""
     cells = {"pre_ln": ([0.3, 0.32, 0.345, 0.37], range(5, 10)), "rmsnorm": ([0.6, 0.7, 0.8, 0.92], range(5, 11))}
     if scale in ("quick", "gpu"):
-        cells = {"pre_ln": ([0.4], [7, 8])}
+        cells = {"pre_ln": ([0.4], [7, 8] if scale == "quick" else [7, 8, 9])}
     setting = control(scale, spectra_every=0, diverge_grad_norm=None)
     at_paper = {"pre_ln": [dict(shaping="kss")], "rmsnorm": []}
     return [config for norm, (lrs, seeds) in cells.items() for config in grid(
