@@ -104,7 +104,8 @@ def test_a_chapters_module_holds_grids_and_claims_and_the_grids_names_are_unique
 
 NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations", "kss_learning", "kss_baselines",
                    "kss_largest_stable_lr", "kss_more_seeds", "kss_fair", "kss_window", "kss_matched",
-                   "kss_warm_up", "kss_wider", "kss_longer", "kss_normed", "kss_normed_finer", "kss_beyond", "spectra_at_init", "language_text",
+                   "kss_warm_up", "kss_wider", "kss_longer", "kss_normed", "kss_normed_finer", "kss_beyond",
+                   "spectra_at_init", "language_text",
                    "language_synthetic", "language_synthetic_sizes", "vision", "profiles", "architectures",
                    "router_collapse", "remedies_of_both", "norm_placements", "profiles_at_start", "near_failing",
                    "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
