@@ -322,6 +322,18 @@ def share_difference(frame: pd.DataFrame, marked: str, between: str, high: objec
     return estimate(paired.value, sum(map(len, sides)), paired.bounds)
 
 
+def largest_lr(runs: pd.DataFrame, marked: str) -> pd.Series:
+    """Per seed, log10 of the largest learning rate of the grid up to which no run is `marked`; one step of the grid
+    under the lowest where that one is. Raises `ValueError` where a seed lacks a rate or has one twice."""
+    grid = runs.pivot(index="seed", columns="lr", values=marked)
+    if grid.isna().any(axis=None) or grid.shape[1] < 2:
+        raise ValueError(f"the largest rate needs every seed at each of two rates or more, got {len(runs)} runs of "
+                         f"{len(grid)} seeds at {list(grid.columns)}")
+    lrs = np.log10(grid.columns.to_numpy(dtype=float))
+    steps = grid.astype(bool).cummax(axis=1).eq(False).sum(axis=1)
+    return pd.Series(np.concatenate([[2 * lrs[0] - lrs[1]], lrs])[steps], index=grid.index, name="log10_lr")
+
+
 def auroc(failed: Iterable[bool], score: Iterable[float], *, minus: Iterable[float] | None = None,
           within: Iterable | None = None, clusters: Iterable | None = None, resamples: int = 1000,
           seed: int = 0) -> Estimate:

@@ -629,3 +629,14 @@ def test_means_without_pairs_have_welchs_interval():
 def test_means_without_pairs_are_unbounded_for_one_value_and_exact_without_scatter():
     assert evaluate.unpaired([1.0, 2.0], [1.0]).low == -np.inf
     assert (evaluate.unpaired([2.0, 2.0], [1.0, 1.0]).low, evaluate.unpaired([2.0, 2.0], [1.0, 1.0]).high) == (1, 1)
+
+
+def test_the_largest_lr_lies_below_the_first_mark_of_each_seed():
+    marks = {0: [0, 0, 1], 1: [0, 1, 0], 2: [1, 0, 0], 3: [0, 0, 0]}  # what comes after a mark does not count
+    runs = pd.DataFrame([{"seed": seed, "lr": lr, "diverged": bool(mark)} for seed, of_seed in marks.items()
+                         for lr, mark in zip([0.1, 0.2, 0.8], of_seed, strict=True)])
+    found = evaluate.largest_lr(runs.sample(frac=1, random_state=0), "diverged")
+    assert (10**found).to_dict() == pytest.approx({0: 0.2, 1: 0.1, 2: 0.05, 3: 0.8})
+    for wrong in (runs[1:], pd.concat([runs, runs[:1]]), runs[runs["lr"] == 0.1]):
+        with pytest.raises(ValueError):
+            evaluate.largest_lr(wrong, "diverged")

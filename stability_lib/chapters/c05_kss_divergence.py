@@ -181,6 +181,15 @@ def kss_fair(scale: str) -> list[RunConfig]:
             *grid(apart, lr=[round(lr / LOWER, 7) for lr in lrs], seed=seeds)]
 
 
+def fair_arms(runs: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """`kss_fair`'s runs with their `arm`, whether they `diverged`, and accuracy in percent; those at a third of a rate
+    are `lower LR` and stand at the rate they are a third of, with which they pair."""
+    runs = runs.assign(arm=[control_name(run) for run in runs.to_dict("records")],
+                       diverged=runs["status"] == "diverged", accuracy=100 * runs["accuracy_final"])
+    third = {round(lr / LOWER, 7): lr for lr in fair_lrs(scale)}
+    return runs.assign(arm=runs["arm"].mask(runs["lr"].isin(third), "lower LR"), lr=runs["lr"].replace(third))
+
+
 def _seeds(scale: str, n: int) -> list[int]:
     """The first n at scale `cpu`, else those of `control_seeds`."""
     return list(range(n)) if scale == "cpu" else control_seeds(scale)
