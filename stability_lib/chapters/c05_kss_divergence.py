@@ -186,9 +186,10 @@ def kss_fair_seeds(scale: str) -> list[RunConfig]:
     At the spread between those (0.41 in shares, 0.34 in accuracy) 22 seeds give intervals of 18 and 15 points to each
     side, which tell half of the paper's effect from none. Fixed before these runs: the three claims that compare these
     arms are judged by all 22 seeds."""
-    seeds = range(6, 22) if scale == "cpu" else [7]
+    if scale in ("quick", "gpu"):
+        return kss_fair(scale)
     arms = [{}, dict(clip_norm=1.0), dict(shaping="kss")]
-    return grid(fair(scale, spectra_every=0), arm=arms, lr=fair_lrs(scale), seed=seeds)
+    return grid(fair(scale, spectra_every=0), arm=arms, lr=fair_lrs(scale), seed=range(6, 22))
 
 
 def fair_arms(runs: pd.DataFrame, scale: str) -> pd.DataFrame:
@@ -268,7 +269,7 @@ def kss_open_seeds(scale: str) -> list[RunConfig]:
     `KF2.rare` by fifteen of rare large doses and of no control in `kss_matched`, 0.17 to each side at the spread of
     six (0.26)."""
     if scale in ("quick", "gpu"):
-        return kss_longer(scale)
+        return [*kss_longer(scale), *kss_matched(scale)]
     rare = [dict(shaping="kss", shaping_alpha=alpha) for alpha in (5.0, 20.0)]
     setting = control(scale, spectra_every=0, diverge_grad_norm=None)
     lrs, late = control_lrs(scale)[1::2], kss_longer(scale)[0]

@@ -72,7 +72,7 @@ def logit_transplant_heads(scale: str) -> list[RunConfig]:
         setting = replace(setting, steps=short(scale).steps, warmup_steps=short(scale).warmup_steps)
     heads = [setting.n_heads * 2, setting.n_heads, setting.n_heads // 2]
     return grid(setting, n_heads=[heads[0], heads[-1]] if few else heads, logit_transplant=[3e1, 1e2, 3e2],
-                seed=range(2 if few else 10))
+                seed=range(3 if scale == "gpu" else 2 if few else 10))
 
 
 STUDIES = (attention_logit_growth, logit_growth_by_size, logit_growth_near_failure, logit_growth_new_rates,
