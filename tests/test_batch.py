@@ -412,11 +412,12 @@ def test_the_dry_run_counts_what_chapters_share_once_and_knows_chapters_without_
 
 
 @pytest.mark.parametrize("study", studies.names())
-def test_the_committed_reference_is_exactly_the_cpu_grid_and_one_of_another_scale_is_that_grid(study):
+def test_the_committed_reference_is_exactly_the_cpu_grid_and_what_is_there_of_another_scale_is_of_that_grid(study):
     for scale in ("cpu", "gpu", "paper"):
         path = runs.reference_path(study, scale)
         if scale == "cpu" or path.exists():
-            assert list(runs.read(path)) == [run_key(config) for config in studies.configs(study, scale)]
+            grid, there = [run_key(config) for config in studies.configs(study, scale)], list(runs.read(path))
+            assert there == [key for key in grid if scale == "cpu" or key in there]
 
 
 @pytest.fixture
