@@ -88,15 +88,12 @@ def unpaired(first: Iterable[float], second: Iterable[float]) -> Estimate:
     where either has one value. `n` counts the first."""
     a, b = (np.asarray(list(values), dtype=float) for values in (first, second))
     _reject_nan(np.append(a, b))
-    errors = [np.inf if len(x) < 2 else x.var(ddof=1) / len(x) for x in (a, b)]
-    centre, error = a.mean() - b.mean(), np.sqrt(sum(errors))
-    freedom = error**4 / sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True)) if (
-        0 < error < np.inf) else 1
-
-    def bounds(level: float) -> tuple[float, float]:
-        half = stats.t.ppf(0.5 + level / 2, freedom) * error
-        return centre - half, centre + half
-    return estimate(centre, len(a), bounds)
+    centre = a.mean() - b.mean()
+    if min(len(a), len(b)) < 2:
+        return estimate(centre, len(a), lambda level: (-np.inf, np.inf))
+    if np.ptp(a) == np.ptp(b) == 0:
+        return estimate(centre, len(a), lambda level: (centre, centre))
+    return estimate(centre, len(a), stats.ttest_ind(a, b, equal_var=False).confidence_interval)
 
 
 def geometric_mean(values: Iterable[float]) -> Estimate:

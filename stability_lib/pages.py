@@ -114,10 +114,12 @@ def _depth(profiles: Mapping[str, Profile]) -> Figure:
     shares end at 1, so that a small difference looks small."""
     from seaborn import color_palette
 
+    from .plotting import MARKERS
+
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     for ax, metric in zip(figure.subplots(2, len(SHOWN) // 2).flat, SHOWN, strict=True):
-        for (name, profile), colour, marker in zip(profiles.items(), color_palette("deep"), cycle("o^sDv"),
-                                                   strict=False):
+        colours = color_palette("deep", len(profiles))
+        for (name, profile), colour, marker in zip(profiles.items(), colours, cycle(MARKERS), strict=False):
             table = profile.table()
             values = table[metric].replace([np.inf, -np.inf], np.nan)
             ax.plot(table["layer"], values, marker + "-", markersize=4, color=colour, label=name)

@@ -92,18 +92,20 @@ def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, hue: str, *, style: str
     return label_ends(ax, ends) if name_lines else ax
 
 
-def loss_against_lr(ax: Axes, runs: pd.DataFrame, *, size: str = "n_params") -> Axes:
-    """Final loss (capped at the loss at init) against the learning rate, a line per `size`, dashed without qk-norm;
-    `runs` needs the column `loss`."""
-    lines(ax, runs, "lr", "loss", size, style="qk_norm")
+def loss_against_lr(ax: Axes, runs: pd.DataFrame, *, size: str = "n_params", band: str = "interval") -> Axes:
+    """Final loss (capped at the loss at init) against the learning rate, a line per `size`, dashed without qk-norm, and
+    a `band` as in `lines`; `runs` needs the column `loss`."""
+    lines(ax, runs, "lr", "loss", size, style="qk_norm", band=band)
     ax.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
     return ax
 
 
-def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True) -> Axes:
-    """A number per seed against the parameter count N: seeds as dots (hollow without qk-norm), mean, 95% interval."""
+def against_size(ax: Axes, frame: pd.DataFrame, y: str, label: str, *, name_lines: bool = True,
+                 band: str = "interval") -> Axes:
+    """A number per seed against the parameter count N: seeds as dots (hollow without qk-norm), mean, `band` as in
+    `lines`."""
     lines(ax, frame, "n_params", y, "qk_norm", style="qk_norm", palette=dict.fromkeys(QK_LABEL, "0.25"),
-          name_lines=name_lines)
+          name_lines=name_lines, band=band)
     hollow = frame["qk_norm"] == "none"
     ax.scatter(frame["n_params"], frame[y], s=24, c=np.where(hollow, "white", "0.25"), edgecolors="0.25", zorder=3)
     size_axis(ax, frame["n_params"]).set_ylabel(label)
@@ -255,7 +257,7 @@ def forecasts_by_group(ax: Axes, frame: pd.DataFrame, group: str, actual: str, f
     heights = frame[group].map({name: height for height, name in enumerate(groups)})
     ax.vlines(frame[actual], heights - 0.42, heights + 0.42, linewidth=2.5, color="0.2", label=actual)
     for name, shift, colour, marker in zip(forecasts, np.linspace(0.25, -0.25, len(forecasts)),
-                                           sns.color_palette("deep"), "os^Dv", strict=False):
+                                           sns.color_palette("deep", len(forecasts)), cycle(MARKERS), strict=False):
         ax.scatter(frame[name], heights + shift, s=32, linewidths=0, alpha=0.8, color=colour, marker=marker, zorder=3,
                    label=name)
     ax.set(xscale="log", yticks=range(len(groups)), yticklabels=groups)

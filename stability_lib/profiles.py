@@ -277,9 +277,11 @@ def draw_depth(ax: "Axes", profile: Profile, *metrics: str) -> "Axes":
     from matplotlib.ticker import MaxNLocator
     from seaborn import color_palette
 
+    from .plotting import MARKERS
+
     table = profile.table()
     metrics = metrics or ("near_unit_mass", "expansive_mass", "contractive_mass")
-    for metric, colour, marker in zip(metrics, color_palette("deep", len(metrics)), cycle("o^sDv"), strict=False):
+    for metric, colour, marker in zip(metrics, color_palette("deep", len(metrics)), cycle(MARKERS), strict=False):
         ax.plot(table["layer"], table[metric], marker + "-", color=colour, label=metric.replace("_", " "))
         for hollow in table[table["degenerate"]].to_dict("records"):
             ax.plot(hollow["layer"], hollow[metric], marker, color=colour, mfc="white")

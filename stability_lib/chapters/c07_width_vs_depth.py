@@ -7,8 +7,8 @@ width 32, far below the vocabulary of 84, and at 16 layers of it in a shape that
   advantage, which errors of some hundredths of a nat can neither show nor exclude, and now asks for one of 0.02 nats.
 - P7.width-raises, P7.best-loss and the FS claims are new.
 Known by then: the first grid's estimates, and those of a pilot, on which this chapter had been judged before: 368 runs
-on seeds 0 to 9 at LR 0.01 and above, 272 of them from other initial weights than the library draws now. Their rows stay
-in the second grid's file and belong to no grid. There depth minus width was 0.009 [-0.005, 0.023] a decade in LR
+on seeds 0 to 9 at LR 0.01 and above, 272 of them from other initial weights than the library draws now. They are in the
+repository's history alone. There depth minus width was 0.009 [-0.005, 0.023] a decade in LR
 sensitivity with qk-norm, 0.111 [0.049, 0.173] without, and 0.003 [-0.003, 0.009] in best loss; both grown ended 0.004
 [-0.013, 0.006] below width. All its best LRs were the lowest, so that this grid begins at 0.003, as the first, and
 takes new seeds.

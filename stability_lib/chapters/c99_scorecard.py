@@ -89,19 +89,17 @@ PAPER_K = (
 
     'KSS at the paper\'s dose {{ says("KT3.kss-half", "points", reproduced="prevents at least half as much '
     'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
-    'undecided="may or may not prevent half as much divergence as reported") }}; {{ '
-    'says("KT3.kss-every-step", "points", reproduced="at a dose hundreds of times stronger it does prevent it", '
-    'contradicted="nor does it at a dose '
-    'hundreds of times stronger", undecided="of a dose hundreds of times stronger we cannot tell") }}, and {{ '
+    'undecided="may or may not prevent half as much divergence as reported") }}; {{ says("KT3.kss-every-step", '
+    '"points", reproduced="at a dose hundreds of times stronger it does prevent it", contradicted="nor does it at a '
+    'dose hundreds of times stronger", undecided="of a dose hundreds of times stronger we cannot tell") }}, and {{ '
     'says("KT3.learning", "points", contradicted="then models hardly learn", reproduced="models learn as well as '
     'without", undecided="what that costs in learning is open") }}.',
 
     'Against its baselines {{ says("KT4.fair-baselines", "points", undecided="it is not shown to prevent more '
-    'than weight norm", reproduced="it prevents more than weight norm", contradicted="it prevents less than '
-    'weight norm") }}, and {{ '
-    'says("KT14.fair-remedies", "points", undecided="whether it learns more than weight norm is open", '
-    'reproduced="it learns more than '
-    'weight norm", contradicted="it learns less than weight norm") }}.',
+    'than spectral or weight norm", reproduced="it prevents more than spectral and weight norm", contradicted="it '
+    'prevents less than the better of spectral and weight norm") }}, and {{ says("KT14.fair-remedies", "points", '
+    'undecided="whether it learns more than weight norm is open", reproduced="it learns more than weight norm", '
+    'contradicted="it learns less than weight norm") }}.',
 
     'On language models KSS {{ says("KT7.perplexity", "nats", contradicted="raises the loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
