@@ -42,6 +42,7 @@ GOLDEN = {
     "kss_wider": ("0e608e43", "4d75bb6a", "196a3628", "249a19cc"),
     "kss_longer": ("fd484451", "9bc8ae5e", "a7405e86", "8a4362b6"),
     "kss_open_seeds": ("af709dcc", "bbe3ce99", "9425656f", "cc79ecea"),
+    "kss_parts_seeds": ("17d5a485", "95351a22", "252e07f9", "d9d98ffe"),
     "warm_up": ("a2c184b8", "438102f6", "1b36ba46", "56e4d0f6"),
     "weight_decay": ("1b8bac46", "320d3205", "b58b334d", "df22640c"),
     "steps_and_batch": ("74e6847a", "a9dcdf36", "4e78a75a", "408359e4"),
@@ -64,6 +65,7 @@ GOLDEN = {
     "kss_largest_stable_lr": ("30103e28", "5b78cfdf", "3f6fbdaa", "212288ad"),
     "kss_normed": ("6068d45d", "a7240abd", "d575aad1", "a846e59d"),
     "kss_normed_finer": ("762f5353", "e4c2e09b", "de6ceecf", "393480dc"),
+    "kss_rmsnorm_seeds": ("762f5353", "eb048023", "de6ceecf", "7a52cdca"),
     "kss_beyond": ("4fc33690", "9272a46e", "61296871", "0e472ed2"),
     "language_text": ("769d203e", "537253f1", "765076b7", "e9a21b37"),
     "language_synthetic": ("6c98ecca", "20774df8", "cfe433f4", "dd599d5b"),
@@ -132,7 +134,8 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
                    "acted_on", "later_remedies", "remedy_cost", "later_remedies_smaller",
                    "later_remedies_larger", "later_remedies_lower", "muparam_more_seeds",
                    "width_and_depth_wider", "output_logit_floor_long", "wider_sweep", "without_norms", "spectra_wider",
-                   "spectra_of_drawn", "kss_fair_seeds", "kss_open_seeds", "logit_growth_new_rates",
+                   "spectra_of_drawn", "kss_fair_seeds", "kss_open_seeds", "kss_parts_seeds",
+                   "kss_rmsnorm_seeds", "logit_growth_new_rates",
                    "logit_transplant_heads")
 """Most of these train one run at a time: see docs/gpu.md."""
 
