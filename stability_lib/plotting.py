@@ -130,15 +130,15 @@ def log_ticks(ax: Axes, ticks: Iterable[float], text: Callable = "{:g}".format) 
     return ax
 
 
-def by_arm(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, name_lines: bool = True) -> Axes:
+def by_arm(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, name_lines: bool = True, **drawn) -> Axes:
     """Mean over seeds of y against x on a log axis with its 95% interval, a colour per `arm`, a line style per qk-norm.
 
-    `frame` has `arm` (a label), `qk_norm`, `seed`, x and y.
+    `frame` has `arm` (a label), `qk_norm`, `seed`, x and y; `drawn` as in `lines`.
     """
     known = list(PARAMETRIZATION_LABEL.values())  # so that an arm keeps its colour from figure to figure
     arms = [*known, *(arm for arm in frame["arm"].unique() if arm not in known)]
     palette = dict(zip(arms, sns.color_palette("dark", len(arms)), strict=True))
-    lines(ax, frame, x, y, "arm", style="qk_norm", palette=palette, name_lines=name_lines).set_xscale("log")
+    lines(ax, frame, x, y, "arm", style="qk_norm", palette=palette, name_lines=name_lines, **drawn).set_xscale("log")
     return ax
 
 
