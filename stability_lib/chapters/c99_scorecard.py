@@ -36,11 +36,13 @@ PAPER_P = (
     'does not sink", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
     'they drift") }}; z-loss {{ says("P4.near-zero", reproduced="does hold log Z near zero", contradicted="does '
     'not hold log Z near zero", undecided="may hold log Z near zero") }}, and {{ says("P3.harm", "exp", '
-    'undecided="whether the drift harms is open, by the factor in loss", reproduced="the drift harms", contradicted="the drift does no '
+    'undecided="whether the drift harms is open, by the factor in loss", reproduced="the drift harms", '
+    'contradicted="the drift does no '
     'harm") }}.',
 
     'muParam in its simple form {{ says("P8.mup-steadier", reproduced="does keep the best learning rate from '
-    'falling with width, by its slope in decades per decade", contradicted="does not keep the best learning rate from falling with width", '
+    'falling with width, by its slope in decades per decade", contradicted="does not keep the best learning rate '
+    'from falling with width", '
     'undecided="may keep the best learning rate from falling with width") }}, and {{ says("P8.sensitivity", '
     '"nats", reproduced="as the paper says, it does not lower LR sensitivity", contradicted="against the paper, '
     'it lowers LR sensitivity", undecided="whether it lowers LR sensitivity is open") }}.',
@@ -71,11 +73,13 @@ PAPER_K = (
     'undecided="of its spectral radii we cannot tell") }}.',
 
     'As a forecast of divergence, by AUROC, {{ says("KT2.m1-auroc", reproduced="it ranks runs of narrow '
-    'models at moderate learning rates well, as the bare name of the norm does", contradicted="it ranks runs worse than the paper says", '
+    'models at moderate learning rates well, as the bare name of the norm does", contradicted="it ranks runs worse '
+    'than the paper says", '
     'undecided="it may rank runs as the paper says") }}, with wider models among them {{ '
     'says("KT2.m1-auroc-wider", contradicted="worse", reproduced="as well", undecided="perhaps as well") }}, and {{ '
     'says("KT2.across-lrs", contradicted="over all '
-    'learning rates it does not", reproduced="it does so over all learning rates too", undecided="over all learning rates we '
+    'learning rates it does not", reproduced="it does so over all learning rates too", undecided="over all learning '
+    'rates we '
     'cannot tell") }}.',
 
     'Beside the bare fact whether a model has norms its gain {{ says("KT2.beats-norm-type", undecided="is nothing '
@@ -106,7 +110,8 @@ PAPER_K = (
     'undecided="whether it learns more than weight norm is open", reproduced="it learns more than weight norm", '
     'contradicted="it learns less than weight norm") }}.',
 
-    'On language models, a synthetic language, KSS {{ says("KT7.perplexity", "nats", contradicted="raises the loss", reproduced="lowers '
+    'On language models KSS {{ says("KT7.perplexity", "nats", contradicted="raises the '
+    'loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
     'divergence than clipping", undecided="whether it prevents more than clipping is open") }}.',
