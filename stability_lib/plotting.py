@@ -194,15 +194,16 @@ def logit_forecast(ax: Axes, runs: pd.DataFrame, value: str, fitted: Iterable[in
 
 
 def reliability(ax: Axes, failed: pd.Series, probabilities: dict[str, pd.Series], bins: int = 5) -> Axes:
-    """Share of runs that failed against the forecast probability, in equally wide bins, a line per forecast; the dots'
+    """Share of runs that failed against the forecast probability, in equally wide bins, a line per forecast; the marks'
     area grows with the runs in a bin, the diagonal is perfect calibration."""
     ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
-    for (name, chance), colour in zip(probabilities.items(), sns.color_palette("dark"), strict=False):
+    for (name, chance), colour, marker in zip(probabilities.items(), sns.color_palette("dark"), MARKERS, strict=False):
         bin_of = np.minimum((chance * bins).astype(int), bins - 1)
         table = pd.DataFrame({"chance": chance, "failed": failed}).groupby(bin_of).agg(
             chance=("chance", "mean"), share=("failed", "mean"), runs=("failed", "size"))
-        ax.plot(table["chance"], table["share"], color=colour, label=name)
-        ax.scatter(table["chance"], table["share"], s=400 * table["runs"] / table["runs"].sum(), color=colour)
+        ax.plot(table["chance"], table["share"], color=colour, marker=marker, markersize=4, label=name)
+        ax.scatter(table["chance"], table["share"], s=400 * table["runs"] / table["runs"].sum(), color=colour,
+                   marker=marker)
     ax.legend(frameon=False, fontsize="small", loc="lower right")
     ax.set(xlabel="forecast probability of failing", ylabel="share that failed")
     return ax

@@ -32,15 +32,17 @@ PAPER_P = (
     'says("P1.sensitivity-grows", "nats", reproduced="it grows with size", contradicted="it does not grow with '
     'size", undecided="whether it grows with size is open") }}.',
 
-    'Of the output logits {{ says("P4.drift", contradicted="we see another story than the paper: log Z does not '
-    'run away", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
+    'Of the output logits {{ says("P4.drift", contradicted="we see another story than the paper: in short runs log Z '
+    'does not sink", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
     'they drift") }}; z-loss {{ says("P4.near-zero", reproduced="does hold log Z near zero", contradicted="does '
     'not hold log Z near zero", undecided="may hold log Z near zero") }}, and {{ says("P3.harm", "exp", '
-    'undecided="whether the drift harms is open", reproduced="the drift harms", contradicted="the drift does no '
+    'undecided="whether the drift harms is open, by the factor in loss", reproduced="the drift harms", '
+    'contradicted="the drift does no '
     'harm") }}.',
 
     'muParam in its simple form {{ says("P8.mup-steadier", reproduced="does keep the best learning rate from '
-    'falling with width", contradicted="does not keep the best learning rate from falling with width", '
+    'falling with width, by its slope in decades per decade", contradicted="does not keep the best learning rate '
+    'from falling with width", '
     'undecided="may keep the best learning rate from falling with width") }}, and {{ says("P8.sensitivity", '
     '"nats", reproduced="as the paper says, it does not lower LR sensitivity", contradicted="against the paper, '
     'it lowers LR sensitivity", undecided="whether it lowers LR sensitivity is open") }}.',
@@ -70,10 +72,14 @@ PAPER_K = (
     'says("KT1.spectral-radius", contradicted="its spectral radii do not", reproduced="so do its spectral radii", '
     'undecided="of its spectral radii we cannot tell") }}.',
 
-    'As a forecast of divergence, by AUROC, {{ says("KT2.m1-auroc", reproduced="it ranks runs at moderate '
-    'learning rates as well as the paper says", contradicted="it ranks runs worse than the paper says", '
-    'undecided="it may rank runs as the paper says") }}, but {{ says("KT2.across-lrs", contradicted="not over all '
-    'learning rates", reproduced="it does so over all learning rates too", undecided="over all learning rates we '
+    'As a forecast of divergence, by AUROC, {{ says("KT2.m1-auroc", reproduced="it ranks runs of narrow '
+    'models at moderate learning rates well, as the bare name of the norm does", contradicted="it ranks runs worse '
+    'than the paper says", '
+    'undecided="it may rank runs as the paper says") }}, with wider models among them {{ '
+    'says("KT2.m1-auroc-wider", contradicted="worse", reproduced="as well", undecided="perhaps as well") }}, and {{ '
+    'says("KT2.across-lrs", contradicted="over all '
+    'learning rates it does not", reproduced="it does so over all learning rates too", undecided="over all learning '
+    'rates we '
     'cannot tell") }}.',
 
     'Beside the bare fact whether a model has norms its gain {{ says("KT2.beats-norm-type", undecided="is nothing '
@@ -82,7 +88,8 @@ PAPER_K = (
     'contradicted="it ranks the wrong way round") }}.',
 
     'As advice, models that its decision flow calls high risk {{ says("KF7.warnings-right", "%", '
-    'contradicted="mostly train", reproduced="mostly diverge", undecided="diverge we cannot say how often") }}, '
+    'contradicted="mostly train, and only a part diverges", reproduced="mostly diverge", undecided="diverge we cannot '
+    'say how often") }}, '
     'and of those outside of the sweep that it lets go {{ says("KF7.go-elsewhere", "%", contradicted="more '
     'diverge than it should let", reproduced="hardly any diverges", undecided="we cannot say how many diverge") '
     '}}.',
@@ -92,8 +99,10 @@ PAPER_K = (
     'undecided="may or may not prevent half as much divergence as reported") }}; {{ says("KT3.kss-every-step", '
     '"points", reproduced="at a dose hundreds of times stronger it does prevent it", contradicted="nor does it at a '
     'dose hundreds of times stronger", undecided="of a dose hundreds of times stronger we cannot tell") }}, and {{ '
-    'says("KT3.learning", "points", contradicted="then models hardly learn", reproduced="models learn as well as '
-    'without", undecided="what that costs in learning is open") }}.',
+    'says("KT3.learning", "points", contradicted="in another setting, where nothing diverges, such a dose '
+    'delays learning", reproduced="there models learn as well as without", undecided="what that costs in learning is '
+    'open") }}. After a short warm-up the paper\'s dose {{ says("KT3.warm-up-100", "points", reproduced="prevents some '
+    'divergence", contradicted="prevents none either", undecided="may prevent some divergence") }}.',
 
     'Against its baselines {{ says("KT4.fair-baselines", "points", undecided="it is not shown to prevent more '
     'than spectral or weight norm", reproduced="it prevents more than spectral and weight norm", contradicted="it '
@@ -101,12 +110,14 @@ PAPER_K = (
     'undecided="whether it learns more than weight norm is open", reproduced="it learns more than weight norm", '
     'contradicted="it learns less than weight norm") }}.',
 
-    'On language models KSS {{ says("KT7.perplexity", "nats", contradicted="raises the loss", reproduced="lowers '
+    'On language models KSS {{ says("KT7.perplexity", "nats", contradicted="raises the '
+    'loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
     'divergence than clipping", undecided="whether it prevents more than clipping is open") }}.',
 
-    'In a pretrained model {{ says("KF4.eta-depth", contradicted="nonlinearity does not rise with depth", '
+    'In a pretrained model {{ says("KF4.eta-depth", contradicted="nonlinearity does not rise with depth, '
+    'by its slope", '
     'reproduced="nonlinearity rises with depth", undecided="whether nonlinearity rises with depth is open") }}, '
     'and {{ says("K13.setting", contradicted="no choice that the paper leaves open gives its numbers", '
     'reproduced="a choice that the paper leaves open gives its numbers", undecided="whether its numbers can be '
