@@ -137,8 +137,20 @@ def publish(board: pd.DataFrame, scale: str | None = None) -> None:
             f"Adjusted for judging {len(board)} at once (Holm): "
             f"{tally(board['adjusted'])}.")
     with pd.option_context("display.max_colwidth", None):
-        display({"text/html": f"<p>{html.escape(line)}</p>{board.to_html(index=False, escape=True)}",
+        display({"text/html": f"<p>{html.escape(line)}</p>{as_html(board)}",
                  "text/plain": f"{line}\n{board.to_string(index=False)}", MIME: board.to_dict("records")}, raw=True)
+
+
+def as_html(board: pd.DataFrame) -> str:
+    """The scoreboard as a table of five columns, which a page of text has room for: what belongs together shares one,
+    and the adjusted verdict is named where it differs."""
+    text = board.astype(str).map(html.escape)
+    small = lambda column: "<br><small>" + column + "</small>"  # noqa: E731
+    lead = small("after Holm " + text["adjusted"]).where(board["adjusted"] != board["verdict"], "")
+    return pd.DataFrame({
+        "claim": text["statement"] + small(text["claim"] + ", " + text["source"]), "paper": text["paper"],
+        "criterion": text["criterion"], "ours": text["ours"] + small("n = " + text["n"]),
+        "verdict": text["verdict"] + lead}).to_html(index=False, escape=False, justify="left")
 
 
 def check(board: pd.DataFrame, scale: str) -> None:

@@ -117,6 +117,15 @@ def test_a_published_board_counts_its_claims_and_both_kinds_of_verdict(board, mo
     assert shown["text/plain"].startswith("Scale gpu, 2 claims: ")
 
 
+def test_a_board_as_html_names_the_adjusted_verdict_where_it_differs_and_escapes_what_it_prints(board):
+    board = board.assign(criterion="share < 0.5", adjusted=["undecided", "undecided"])
+    shown = claims.as_html(board)
+    assert shown.count("<th>") == 5
+    assert shown.count("after Holm undecided") == 1  # of the first claim: the second is undecided either way
+    assert "share &lt; 0.5" in shown
+    assert all(f"{claim}, " in shown for claim in board["claim"])
+
+
 def test_a_flipped_verdict_fails_the_check_and_an_unrecorded_scale_does_not(board, monkeypatch, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     recorded = {"cpu": {"X.rises": ["reproduced"], "X.falls": ["reproduced"]},
