@@ -18,7 +18,7 @@ import pandas as pd
 from . import batch, claims, evaluate, models, plotting, runs, signals, studies
 from .chapters import c16_early_warning as c16
 from .chapters import c17_later_remedies as c17
-from .chapters.c05_kss_divergence import control_name
+from .chapters.c05_kss_divergence import control_name, fair_arms
 from .chapters.c11_language_models import LADDER
 from .config import RunConfig, replace, unknown
 
@@ -223,6 +223,12 @@ def diverged(arm: str, study: str = "kss_baselines") -> str:
     return _count(_of_arm(found, arm)["status"] != "ok")
 
 
+def fair_diverged(arm: str) -> str:
+    """How many models without norms diverge under an arm where initial weights are large and recall is learned
+    (chapters 05 and 10)."""
+    return _count(_of_arm(fair_arms(_committed("kss_fair"), "cpu"), arm)["diverged"])
+
+
 def gains(arm: str) -> str:
     """Final loss of an arm at its best learning rate minus that of no control at its own (chapter 10)."""
     found = _tried("kss_divergence", "kss_baselines")
@@ -310,5 +316,5 @@ def _count(failed: pd.Series) -> str:
 
 
 NUMBERS = (claim, chapter, limit, passes_after, forced, best_loss_with_qk_norm, kept_lr, eps_over_gradient, eps_costs,
-           diverged, gains, recall, language_diverged, perplexity, collapsed,
+           diverged, fair_diverged, gains, recall, language_diverged, perplexity, collapsed,
            less_sensitive, warned_in_time)
