@@ -89,8 +89,9 @@ PAPER_K = (
 
     'As advice, models that its decision flow calls high risk {{ says("KF7.warnings-right", "%", '
     'contradicted="mostly train, and only a part diverges", reproduced="mostly diverge", undecided="diverge we cannot '
-    'say how often") }}, '
-    'and of those outside of the sweep that it lets go {{ says("KF7.go-elsewhere", "%", contradicted="more '
+    'say how often") }}; of the sweep\'s models that it lets go {{ says("KF7.go-safe", "%", reproduced="hardly any '
+    'diverges", contradicted="more diverge than it should let", undecided="we cannot say how many diverge") }}, '
+    'and of those outside of it {{ says("KF7.go-elsewhere", "%", contradicted="more '
     'diverge than it should let", reproduced="hardly any diverges", undecided="we cannot say how many diverge") '
     '}}.',
 
