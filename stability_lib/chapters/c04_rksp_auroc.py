@@ -178,7 +178,7 @@ CLAIMS = (
     Claim("KT2.beats-norm-type", "K Table 2", "it knows more than which norm the model has",
           "0.995; the bare indicator, from Table 1's counts: 0.989",
           "AUROC of mean M1 minus that of 'has no norms', LR up to 3e-2", ">", 0.0),
-    Claim("KT2.within-norms", "K Table 2", "it ranks models of the same norm type",
+    Claim("KT2.within-norms", "ours", "it ranks models of the same norm type",
           "not given", "AUROC of mean M1 among pairs of runs with equal norm and LR, all LRs", ">", 0.5),
     Claim("KT2.within-no-norm", "ours", "it ranks models without norms by their shapes", "not tested",
           "AUROC of mean M1 among pairs of runs without norms at equal LR, both sweeps", ">", 0.5),

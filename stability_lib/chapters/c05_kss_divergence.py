@@ -353,7 +353,7 @@ CLAIMS = (
           "12.5% against 50.0%", "diverged share, KSS minus variance penalty at the better of two doses", "<", 0.0),
     Claim("KT6.norm-matched", "ours", "KSS prevents more than a plain penalty on the residual stream's norm",
           "not tested", "diverged share at equal first gradient, KSS 0.15 minus norm penalty", "<", 0.0),
-    Claim("KT6.foretells", "K Table 6", "within an arm and LR, near-unit mass foretells which runs diverge",
+    Claim("KT6.foretells", "ours", "within an arm and LR, near-unit mass foretells which runs diverge",
           "r = -0.87 between falls of both", "AUROC of M1 halfway through the warm-up where recall is learned", ">",
           0.7),
 )

@@ -79,7 +79,7 @@ STUDIES = (attention_logit_growth, logit_growth_by_size, logit_growth_near_failu
            logit_transplant, logit_transplant_heads)
 
 CLAIMS = (
-    Claim("P9.forecast", "P Fig. 9", "a quadratic in log N, fitted per learning rate to smaller models, foretells "
+    Claim("P9.forecast", "ours", "a quadratic in log N, fitted per learning rate to smaller models, foretells "
           "the early attention logit of the largest", "the fit foretells the 4.8B model's failure",
           "error of the forecast logit of the largest size minus that of the largest fitted size's logit, mean over "
           "LRs (decades)", "<", 0.0),

@@ -36,23 +36,22 @@ PAPER_P = (
     'does not sink", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
     'they drift") }}; z-loss {{ says("P4.near-zero", reproduced="does hold log Z near zero", contradicted="does '
     'not hold log Z near zero", undecided="may hold log Z near zero") }}, and {{ says("P3.harm", "exp", '
-    'undecided="whether the drift harms is open, by the factor in loss", reproduced="the drift harms", '
+    'undecided="whether it costs 5% is open, by the factor in loss", reproduced="the drift harms", '
     'contradicted="the drift does no '
     'harm") }}.',
 
-    'muParam in its simple form {{ says("P8.mup-steadier", reproduced="does keep the best learning rate from '
-    'falling with width, by its slope in decades per decade", contradicted="does not keep the best learning rate '
-    'from falling with width", '
-    'undecided="may keep the best learning rate from falling with width") }}, and {{ says("P8.sensitivity", '
+    'muParam in its simple form {{ says("P8.mup-steadier", reproduced="does slow the fall of the best learning '
+    'rate with width, by decades per decade", contradicted="does not slow the fall of the best learning rate with '
+    'width", undecided="may slow the fall of the best learning rate with width") }}, and {{ says("P8.sensitivity", '
     '"nats", reproduced="as the paper says, it does not lower LR sensitivity", contradicted="against the paper, '
     'it lowers LR sensitivity", undecided="whether it lowers LR sensitivity is open") }}.',
 
     'A longer warm-up {{ says("P5.loss", "nats", reproduced="lowers the loss", contradicted="does not lower the '
-    'loss", undecided="may lower the loss") }}; independent weight decay {{ says("P6.sensitivity", "nats", '
-    'contradicted="makes training more sensitive here, not less", reproduced="makes training less sensitive", '
+    'loss", undecided="may lower the loss") }}; independent weight decay {{ says("P6.long-sensitivity", "nats", '
+    'contradicted="raises LR sensitivity here, by low rates", reproduced="lowers LR sensitivity", '
     'undecided="has no effect on LR sensitivity that we can tell") }}; and {{ says("P7.depth-faster", "nats", '
-    'undecided="whether depth hurts more than width is open", reproduced="depth hurts more than width", '
-    'contradicted="depth does not hurt more than width") }}.',
+    'undecided="whether depth raises it more than width is open", reproduced="depth raises it more than width", '
+    'contradicted="depth does not raise it more than width") }}.',
 
     'Of AdamW\'s eps: with ten times the parameters gradients {{ says("P11.falls-with-n", "10**", '
     'reproduced="shrink to a part of their size", contradicted="do not shrink", undecided="may shrink") }}, and '
@@ -66,8 +65,8 @@ PAPER_K = (
     'Of {{ tally("paper K", "any") }} claims of paper K {{ tally("paper K", "reproduced") }} hold here, {{ '
     'tally("paper K", "contradicted") }} do not, and of {{ tally("paper K", "undecided") }} our runs cannot tell.',
 
-    'The profile is well defined and cheap: {{ says("KT1.near-unit-mass", reproduced="the near-unit masses of its '
-    'first table come out, but for a small distance", contradicted="the near-unit masses of its first table do '
+    'The profile is well defined and cheap: {{ says("KT1.near-unit-mass", reproduced="most near-unit masses of its '
+    'first table come out, by their mean distance", contradicted="the near-unit masses of its first table do '
     'not come out", undecided="how well the near-unit masses of its first table come out is open") }}, and {{ '
     'says("KT1.spectral-radius", contradicted="its spectral radii do not", reproduced="so do its spectral radii", '
     'undecided="of its spectral radii we cannot tell") }}.',
@@ -88,12 +87,12 @@ PAPER_K = (
     'contradicted="it ranks the wrong way round") }}.',
 
     'As advice, models that its decision flow calls high risk {{ says("KF7.warnings-right", "%", '
-    'contradicted="mostly train, and only a part diverges", reproduced="mostly diverge", undecided="diverge we cannot '
-    'say how often") }}; of the sweep\'s models that it lets go {{ says("KF7.go-safe", "%", reproduced="hardly any '
-    'diverges", contradicted="more diverge than it should let", undecided="we cannot say how many diverge") }}, '
-    'and of those outside of it {{ says("KF7.go-elsewhere", "%", contradicted="more '
-    'diverge than it should let", reproduced="hardly any diverges", undecided="we cannot say how many diverge") '
-    '}}.',
+    'contradicted="mostly train in the narrow sweep, and only a part diverges", reproduced="mostly diverge", '
+    'undecided="diverge we cannot say how often") }}; of the sweep\'s models that it lets go {{ '
+    'says("KF7.go-safe", "%", reproduced="hardly any diverges", contradicted="more diverge than it should let", '
+    'undecided="we cannot say how many diverge") }}, and of those outside of it {{ says("KF7.go-elsewhere", "%", '
+    'contradicted="more diverge than it should let", reproduced="hardly any diverges", undecided="we cannot say how '
+    'many diverge") }}.',
 
     'KSS at the paper\'s dose {{ says("KT3.kss-half", "points", reproduced="prevents at least half as much '
     'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
@@ -131,7 +130,7 @@ FINDINGS = (
     'Without qk-norm models fail at high learning rates, {{ limit("smallest") }}, {{ limit("largest") }}; in '
     'failing runs {{ says("P9.failing-above-1e4", "10**", reproduced="attention logits pass ten thousand", '
     'contradicted="attention logits stay below ten thousand", undecided="attention logits may pass ten thousand") '
-    '}}. With qk-norm {{ says("P1.qk-norm-trains", "%", reproduced="nearly all runs train", contradicted="many '
+    '}}. With qk-norm {{ says("P1.qk-norm-trains", "%", reproduced="runs train at every rate", contradicted="many '
     'runs fail all the same", undecided="we cannot tell how many runs train") }}.',
 
     'Near-unit mass at initialization {{ says("KT2.m1-auroc", reproduced="ranks runs by whether they diverge, by '
@@ -142,8 +141,9 @@ FINDINGS = (
 
     'KSS at its paper\'s dose {{ says("KT3.kss-half", "points", reproduced="prevents at least half as much '
     'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
-    'undecided="may or may not prevent half as much divergence as reported") }}. Of models without '
-    'norms {{ diverged("no control") }} diverge, with Pre-LN {{ diverged("Pre-LN") }}.',
+    'undecided="may or may not prevent half as much divergence as reported") }}. Where little is '
+    'learned, in chapter 10, of models without norms {{ diverged("no control") }} diverge, with Pre-LN '
+    '{{ diverged("Pre-LN") }}.',
 
     'Of the remedies that came later {{ says("L17.muonclip-helps", "nats", reproduced="QK-clip lowers the LR '
     'sensitivity of Muon", contradicted="QK-clip does not lower it", undecided="QK-clip may lower the LR '
