@@ -36,7 +36,7 @@ PAPER_P = (
     'does not sink", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
     'they drift") }}; z-loss {{ says("P4.near-zero", reproduced="does hold log Z near zero", contradicted="does '
     'not hold log Z near zero", undecided="may hold log Z near zero") }}, and {{ says("P3.harm", "exp", '
-    'undecided="whether it costs 5% is open, by the factor in loss", reproduced="the drift harms", '
+    'undecided="whether it costs a twentieth is open, by the factor in loss", reproduced="the drift harms", '
     'contradicted="the drift does no '
     'harm") }}.',
 
@@ -142,7 +142,7 @@ FINDINGS = (
     'KSS at its paper\'s dose {{ says("KT3.kss-half", "points", reproduced="prevents at least half as much '
     'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
     'undecided="may or may not prevent half as much divergence as reported") }}. Where little is '
-    'learned, in chapter 10, of models without norms {{ diverged("no control") }} diverge, with Pre-LN '
+    'learned, of models without norms {{ diverged("no control") }} diverge, with Pre-LN '
     '{{ diverged("Pre-LN") }}.',
 
     'Of the remedies that came later {{ says("L17.muonclip-helps", "nats", reproduced="QK-clip lowers the LR '
