@@ -23,6 +23,7 @@ from stability_lib.train import train_run
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("steady")
 torch.set_num_threads(1)  # at this size more threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, and children inherit that
 
 
 def step_flops(config: RunConfig) -> int:
