@@ -1,4 +1,11 @@
-"""Chapter 05, does shaping spectra prevent divergence? (Paper K, Fig. 2, Tables 3, 6.)"""
+"""Chapter 05, does shaping spectra prevent divergence? (Paper K, Fig. 2, Tables 3, 6.)
+
+Scale `gpu` asks the same of models 256 wide, as wide as the paper's. Its learning rates were moved, before any of its
+runs, to where pilots of `fair` on seeds 100 and 101 had none diverge (0.0014, 94% and 100% of recall learned), one
+(0.002) and both (0.004), and to where two of three of `kss_wider` do; the criteria of the claims are those of scale
+`cpu`. Three learning rates with three seeds an arm (`kss_divergence`) or eight (`kss_fair`) can exclude half of the
+paper's effect only where the two arms hardly differ within a seed.
+"""
 
 from collections.abc import Mapping
 
@@ -29,11 +36,11 @@ JACOBIAN_FAIR = 20.0
 FAIR = {
     "quick": dict(steps=150, warmup_steps=100),
     "cpu": dict(steps=1400, warmup_steps=1000),
-    "gpu": dict(d_model=256, steps=1400, warmup_steps=1000),
+    "gpu": dict(d_model=256, steps=2400, warmup_steps=1000),
     "paper": dict(steps=10_000, warmup_steps=1000),
 }
 """Steps and the paper's longest warm-up, with which the models of `fair` learn before the rate is too high."""
-FAIR_LRS = {"quick": [1.2e-2], "gpu": [6e-3]}
+FAIR_LRS = {"quick": [1.2e-2], "gpu": [1.6e-3, 1.9e-3, 2.3e-3]}
 """Where pilots (seeds 100, 101) had none diverge up to all; scale `cpu`: 0.0085 to 0.0112."""
 LOWER = 3
 """By how much one arm of `kss_fair` divides the learning rate."""
@@ -43,15 +50,16 @@ WIDER = {128: ([3.5e-3, 4e-3, 4.5e-3], range(6)), 256: ([2e-3], range(3))}
 
 def control(scale: str, **changes) -> RunConfig:
     """A model without norms and without control against divergence, read six times on its way, at scale `gpu`, where a
-    reading takes longer than the steps between, three times."""
+    reading takes longer than the steps between, twice."""
     settings = RECALL | CONTROL[check_scale(scale)] | dict(norm="no_norm")
-    readings = 3 if scale == "gpu" else 6
+    readings = 2 if scale == "gpu" else 6
     return RunConfig(**settings | dict(spectra_every=settings["steps"] // readings) | changes)
 
 
 def control_lrs(scale: str) -> list[float]:
-    """Within paper K's range, LR 0.005 to 0.01; higher ones where a run is too short to diverge there."""
-    few = {"quick": [8e-3, 1e-2, 1.2e-2], "gpu": [5e-3, 1e-2]}
+    """Within paper K's range, LR 0.005 to 0.01; higher ones where a run is too short to diverge there, lower ones where
+    models are wider: at 256 two of three in `kss_wider` diverge at 0.002."""
+    few = {"quick": [8e-3, 1e-2, 1.2e-2], "gpu": [1.6e-3, 2e-3, 2.5e-3]}
     return few.get(scale, [5e-3, 5.5e-3, 6.1e-3, 6.7e-3, 7.4e-3, 8.2e-3, 9.1e-3, 1e-2])
 
 
@@ -105,7 +113,7 @@ def kss_more_seeds(scale: str) -> list[RunConfig]:
 
 def kss_dose(scale: str) -> list[RunConfig]:
     """Divergence against alpha and how often KSS is applied, beside what `kss_divergence` has of it."""
-    alphas, everies = {"quick": ([0.15, 5.0], [1, 10]), "gpu": ([0.15, 1.5, 5.0, 20.0], [1, 10])}.get(
+    alphas, everies = {"quick": ([0.15, 5.0], [1, 10]), "gpu": ([0.15, 5.0], [1])}.get(
         scale, ([0.15, 0.5, 1.5, 5.0, 20.0, 100.0], [1, 3, 10]))
     cells = grid(control(scale, shaping="kss"), shaping_alpha=alphas, shaping_every=everies, **_few(scale))
     beside = kss_divergence(scale)
@@ -122,9 +130,11 @@ def kss_readings(scale: str) -> list[RunConfig]:
     """KSS at every step under other readings of the paper's text, at two alphas."""
     readings = [dict(shaping_dmd="random"), dict(shaping_dmd="whitened"), dict(shaping_gradient="input"),
                 dict(shaping_gradient="output"), dict(shaping_reduction="mean"), dict(shaping_beta=10.0)]
-    if scale in ("quick", "gpu"):
+    if scale == "gpu":  # the chapter's time is spent elsewhere: some that `kss_dose` has
+        return kss_dose(scale)
+    if scale == "quick":
         readings = readings[1:3]
-    return grid(control(scale, **EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale in ("quick", "gpu"):],
+    return grid(control(scale, **EVERY_STEP), reading=readings, shaping_alpha=[0.5, 5.0][scale == "quick":],
                 **_few(scale))
 
 
@@ -134,7 +144,7 @@ def kss_ablations(scale: str) -> list[RunConfig]:
     arms = [dict(shaping="unstable"), *(dict(shaping=name, shaping_alpha=alpha) for name, matched in
                                         PENALTY_ALPHAS.items() for alpha in (5.0, matched))]
     if scale in ("quick", "gpu"):
-        arms = [dict(shaping="unstable"), dict(shaping="residual_norm", shaping_alpha=1200.0)]
+        arms = [dict(shaping="unstable"), dict(shaping="residual_norm", shaping_alpha=1200.0)][:2 - (scale == "gpu")]
     return grid(control(scale, **EVERY_STEP), arm=arms, lr=control_lrs(scale)[1::2], seed=control_seeds(scale))
 
 
@@ -146,8 +156,9 @@ def kss_learning(scale: str) -> list[RunConfig]:
     if scale == "quick":
         return grid(setting, arm=[{}, EVERY_STEP], lr=[6e-3], seed=control_seeds(scale))
     steps = max(1500, setting.steps)
-    arms, lrs = (arms[2:], [6e-3]) if scale == "gpu" else (arms, [1.5e-3, 3e-3, 6e-3, 1.2e-2])
-    return grid(setting, steps=[steps], spectra_every=[steps // 5], arm=arms, lr=lrs, seed=control_seeds(scale))
+    arms, lrs = ([{}, EVERY_STEP], [1e-3]) if scale == "gpu" else (arms, [1.5e-3, 3e-3, 6e-3, 1.2e-2])
+    every = 0 if scale == "gpu" else steps // 5
+    return grid(setting, steps=[steps], spectra_every=[every], arm=arms, lr=lrs, seed=control_seeds(scale))
 
 
 def fair(scale: str, **changes) -> RunConfig:
@@ -166,17 +177,19 @@ def fair_lrs(scale: str) -> list[float]:
 def kss_fair(scale: str) -> list[RunConfig]:
     """No control, clipping, KSS at the paper's dose and at every step, and plain remedies, where recall is learned and
     a good part diverges without control; 24 runs each (paper K, Tables 3, 4). With 15 of 24 in one arm, 8 or fewer in
-    another are told from it. What needs no reading of spectra trains as replicas."""
+    another are told from it; at scale `gpu` eight seeds at the spread of `cpu`'s (0.41) give +-0.34 for a difference of
+    shares. What needs no reading of spectra trains as replicas."""
     at_every_step = [dict(shaping="kss", shaping_every=1, shaping_alpha=alpha) for alpha in (0.15, 0.5, 1.5)]
     read = [{}, dict(shaping="kss"), at_every_step[1], dict(reparametrization="weight_norm"), at_every_step[0],
             at_every_step[2], dict(reparametrization="spectral_norm"),
             dict(shaping="jacobian", shaping_every=1, shaping_alpha=JACOBIAN_FAIR)]
     unread = [dict(clip_norm=1.0), dict(clip_norm=0.5), dict(residual="scaled"), dict(residual="rezero"),
               dict(norm="pre_ln")]
-    if scale in ("quick", "gpu"):
+    lrs, seeds, apart = fair_lrs(scale), _seeds(scale, 6), fair(scale, spectra_every=0)
+    if scale == "quick":
         read, unread = read[:3], unread[:1]
-    lrs, seeds = fair_lrs(scale), _seeds(scale, 6)
-    apart = fair(scale, spectra_every=0)
+    if scale == "gpu":  # what its time allows: the paper's dose and what it is held against, with as many runs
+        read, unread, seeds = [], [*read[:2], *unread[:1]], range(8)
     return [*grid(fair(scale), arm=read, lr=lrs, seed=seeds), *grid(apart, arm=unread, lr=lrs, seed=seeds),
             *grid(apart, lr=[round(lr / LOWER, 7) for lr in lrs], seed=seeds)]
 
@@ -210,9 +223,10 @@ def kss_window(scale: str) -> list[RunConfig]:
     """`kss_fair`'s model at learning rates below and above: how far up the paper's dose, clipping and weight norm take
     it, and what each learns at its own best rate."""
     unread, read = [{}, dict(clip_norm=1.0)], [dict(shaping="kss"), dict(reparametrization="weight_norm")]
-    lrs = {"quick": [3e-3], "gpu": [3e-3]}.get(scale, [6e-3, 1.35e-2, 1.75e-2, 2.4e-2])
-    arms = unread + (read[:1] if scale == "gpu" else read)
-    return grid(fair(scale, spectra_every=0), arm=arms, lr=lrs, seed=_seeds(scale, 6))
+    if scale == "gpu":
+        return kss_fair(scale)
+    lrs = [3e-3] if scale == "quick" else [6e-3, 1.35e-2, 1.75e-2, 2.4e-2]
+    return grid(fair(scale, spectra_every=0), arm=unread + read, lr=lrs, seed=_seeds(scale, 6))
 
 
 def kss_warm_up(scale: str) -> list[RunConfig]:
@@ -220,7 +234,9 @@ def kss_warm_up(scale: str) -> list[RunConfig]:
     of 12 in one arm, 3 or fewer in another are told from it; with 12 of 18, 6 or fewer."""
     arms = [{}, dict(clip_norm=1.0), dict(shaping="kss")]
     if scale in ("quick", "gpu"):
-        return grid(fair(scale, spectra_every=0, warmup_steps=50), arm=arms, lr=fair_lrs(scale), seed=_seeds(scale, 3))
+        shorter = dict(steps=1200, warmup_steps=300) if scale == "gpu" else dict(warmup_steps=50)
+        return grid(fair(scale, spectra_every=0, **shorter), arm=arms, lr=fair_lrs(scale)[-2:][:1],
+                    seed=_seeds(scale, 3))
     setting = fair(scale, spectra_every=0, steps=fair(scale).steps - 200)
     return [*grid(setting, warmup_steps=[100], arm=arms, lr=[1.2e-2], seed=_seeds(scale, 12)),
             *grid(setting, warmup_steps=[300], arm=arms, lr=[1.05e-2, 1.15e-2, 1.25e-2], seed=_seeds(scale, 6)),
@@ -240,6 +256,8 @@ def kss_matched(scale: str) -> list[RunConfig]:
     moving = [kss | every | dict(shaping_dmd="pod_moving")]
     if scale in ("quick", "gpu"):
         first, others, rare = first[::2], others[2:3], rare[1:]
+    if scale == "gpu":
+        others = rare = moving = []
     setting, seeds = control(scale, spectra_every=0, diverge_grad_norm=None), _seeds(scale, 12)
     lrs = control_lrs(scale)[1::2]
     return [*grid(setting, arm=first, lr=lrs, seed=seeds),
@@ -250,7 +268,8 @@ def kss_wider(scale: str) -> list[RunConfig]:
     """The paper's dose in wider models, on sequences as long as the paper's and with its 2048 token states a layer."""
     arms, setting = [{}, dict(shaping="kss")], control(scale, spectra_every=0, diverge_grad_norm=None)
     if scale in ("quick", "gpu"):
-        return grid(setting, d_model=[96 if scale == "quick" else 832], arm=arms, lr=[3e-3], seed=control_seeds(scale))
+        return grid(setting, d_model=[96 if scale == "quick" else 832], arm=arms,
+                    lr=[3e-3 if scale == "quick" else 6e-4], seed=control_seeds(scale))
     return [config for width, (lrs, seeds) in WIDER.items() for config in grid(
         setting, seq_len=[64], d_model=[width], arm=arms, lr=lrs, seed=seeds)]
 
@@ -258,7 +277,8 @@ def kss_wider(scale: str) -> list[RunConfig]:
 def kss_longer(scale: str) -> list[RunConfig]:
     """The doses at every step that in `kss_learning` learned late or not at all, four times as long."""
     steps = 300 if scale == "quick" else 6000
-    setting = fair(scale, spectra_every=0, steps=steps, warmup_steps=CONTROL[scale]["warmup_steps"], lr=3e-3)
+    setting = fair(scale, spectra_every=0, steps=steps, warmup_steps=CONTROL[scale]["warmup_steps"],
+                   lr=1e-3 if scale == "gpu" else 3e-3)
     doses = [5.0] if scale in ("quick", "gpu") else [5.0, 0.5]
     return grid(setting, arm=[EVERY_STEP], shaping_alpha=doses, seed=control_seeds(scale))
 

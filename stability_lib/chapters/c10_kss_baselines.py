@@ -46,7 +46,7 @@ def kss_largest_stable_lr(scale: str) -> list[RunConfig]:
     lrs, normed = [2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 2.8e-2, 4e-2, 8e-2], [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
     seeds = range(5)
     if scale == "gpu":
-        lrs, normed, seeds = [2.5e-3, 1e-2, 4e-2], [0.1, 1.6], range(3)
+        lrs, normed, seeds = [1e-3, 2e-3, 4e-3], [0.1, 0.4], range(3)
     return [*grid(control(scale), arm=arms, lr=lrs, seed=seeds),
             *grid(control(scale), norm=["pre_ln", "rmsnorm"], arm=arms, lr=normed, seed=seeds)]
 
@@ -61,7 +61,7 @@ def kss_normed(scale: str) -> list[RunConfig]:
     lrs = {"pre_ln": [0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8], "rmsnorm": [0.2, 0.28, 0.4, 0.56, 0.8, 1.1, 1.6, 2.3]}
     seeds = range(5)
     if scale in ("quick", "gpu"):
-        lrs, seeds = {"pre_ln": [0.1, 1.6]}, control_seeds(scale)[:3]
+        lrs, seeds = {"pre_ln": [0.1, 1.6 if scale == "quick" else 0.4]}, control_seeds(scale)[:3]
     setting = control(scale, spectra_every=0, diverge_grad_norm=None)
     return [config for norm, of_norm in lrs.items() for config in grid(
         setting, norm=[norm], arm=[{}, dict(shaping="kss"), EVERY_STEP | dict(shaping_alpha=MATCHED[norm])], lr=of_norm,
