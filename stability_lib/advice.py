@@ -51,8 +51,9 @@ def write() -> Path:
 
 # what the chapters' boards say
 
-def claim(name: str, expected: str, unit: str = "") -> str:
+def claim(name: str, expected: str, unit: str = "", scale: str | None = None) -> str:
     """The estimate on a claim's board, in `unit`, and after it the chapter, and whether it is undecided or a lead.
+    `scale` asks for the board of another scale in the same notebook.
 
     Raises `ValueError` where there is no such claim, its chapter's notebook does not show it or shows it by another
     criterion, it was not measured, or its verdict is not `expected`.
@@ -61,7 +62,7 @@ def claim(name: str, expected: str, unit: str = "") -> str:
     if name not in known:
         raise ValueError(unknown("claim", name, known))
     home, stated = known[name]
-    row = board(home).get(name)
+    row = board(home, scale).get(name)
     if row is None or row["criterion"] != stated.criterion:
         raise ValueError(f"the board of notebooks/{home}.ipynb does not hold {name} by its criterion of now: "
                          "execute the notebook again")
@@ -73,7 +74,8 @@ def claim(name: str, expected: str, unit: str = "") -> str:
         raise ValueError(f"{name} has no estimate on the board of notebooks/{home}.ipynb ({row['ours']!r}): leave "
                          "it out")
     mark = ", undecided" if expected == "undecided" else ", a lead" if row["adjusted"] != expected else ""
-    return f"{_shown(*map(float, value.groups()), unit)} ({_link(home, f'{name}: {expected}')}{mark})"
+    told = f"{name}{f' at scale {scale}' if scale else ''}: {expected}"
+    return f"{_shown(*map(float, value.groups()), unit)} ({_link(home, told)}{mark})"
 
 
 def chapter(number: str) -> str:

@@ -111,19 +111,20 @@ def title(found: pd.DataFrame) -> str:
 
 # sentences
 
-def says(name: str, unit: str = "", **words: str) -> str:
+def says(name: str, unit: str = "", scale: str | None = None, **words: str) -> str:
     """The words for a claim's verdict of now, keyword by verdict with _ for spaces, and after them the estimate in a
-    unit of `advice.UNITS` and the chapter. Raises `ValueError` where there are none for it."""
+    unit of `advice.UNITS` and the chapter; `scale` as in `advice.claim`. Raises `ValueError` where there are none for
+    it."""
     home = {claim.id: stem for stem in studies.modules() for claim in claims.of_chapter(stem)}
     if name not in home:
         raise ValueError(unknown("claim", name, home))
-    verdict = advice.board(home[name]).get(name, {}).get("verdict", "out of reach here")
+    verdict = advice.board(home[name], scale).get(name, {}).get("verdict", "out of reach here")
     key = verdict.replace(" ", "_")
     if key not in words:
         raise ValueError(f"{name} is {verdict!r}, and its sentence has words for {', '.join(words)}: write some for it")
     if verdict == "out of reach here":
         return words[key]
-    estimate, rest = advice.claim(name, verdict, unit).split(" ([", 1)
+    estimate, rest = advice.claim(name, verdict, unit, scale).split(" ([", 1)
     return f"{words[key]} ({estimate}; chapter [{rest}"
 
 

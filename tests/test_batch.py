@@ -17,7 +17,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from stability_lib import batch, claims, runs, studies
+from stability_lib import batch, claims, runs, store, studies
 from stability_lib.__main__ import main
 from stability_lib.config import RunConfig, replace, run_key
 
@@ -564,3 +564,12 @@ def test_a_session_reads_what_the_store_holds_of_another_scale_and_trains_nothin
     session = batch.Session("quick")
     assert len(session.stored("first_look", "cpu")) == len(studies.configs("first_look", "cpu"))
     assert len(session.stored("first_look", "paper")) == 0
+
+
+@pytest.mark.slow
+def test_chapters_whose_runs_of_scale_gpu_are_committed_render_at_it_on_any_machine(tmp_path, capsys):
+    whole = [stem for stem in studies.modules() if studies.of_chapter(stem) and all(
+        store.reference_path(study, "gpu").exists() for study in studies.of_chapter(stem))]
+    assert whole == ["05_kss_divergence", "10_kss_baselines"]
+    assert main(["reproduce", *whole, "--scale", "gpu", "--recompute", "none", "--output", str(tmp_path / "out")]) == 0
+    assert len(re.findall(r"^\d\d_\w+ ok", capsys.readouterr().out, flags=re.M)) == len(whole)

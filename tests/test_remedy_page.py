@@ -3,10 +3,12 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
-from stability_lib import advice, alarms, batch, claims, evaluate, runs, studies
+from stability_lib import advice, alarms, batch, claims, evaluate, runs, store, studies
 from stability_lib.__main__ import main
+from stability_lib.chapters import c05_kss_divergence as c05
 
 ROOT = runs.project_root()
 PAGE = (ROOT / advice.PAGE).read_text(encoding="utf-8")
@@ -114,11 +116,23 @@ def test_boards_agree_with_the_committed_runs():
     assert advice.board("01_attention_logit_growth")["P1.instability"]["ours"] == str(found)
 
 
+def test_a_claim_at_scale_gpu_is_that_of_the_board_beside_the_notebook_s_own():
+    tables = [runs.frame([*store.read(store.reference_path(study, "gpu")).values()])
+              for study in ("kss_fair", "kss_fair_seeds")]
+    rows = pd.concat(tables)
+    rows = rows[rows["clip_norm"].isna() & rows["lr"].isin(c05.fair_lrs("gpu"))].assign(
+        diverged=lambda table: table["status"] == "diverged")
+    found = evaluate.share_difference(rows, "diverged", "shaping", "kss", "none", ["lr", "seed"])
+    shown = advice.claim("KT3.fair", "contradicted", scale="gpu")
+    assert shown == f'{found} ([05](../notebooks/05_kss_divergence.ipynb "KT3.fair at scale gpu: contradicted"))'
+    assert shown != advice.claim("KT3.fair", "contradicted")
+
+
 def a_board(monkeypatch, **changes):
     stem, stated = "05_kss_divergence", claims.of_chapter("05_kss_divergence")[0]
     row = dict(claim=stated.id, criterion=stated.criterion, ours="-0.5 [-1, 0.25]", verdict="undecided",
                adjusted="undecided") | changes
-    monkeypatch.setattr(advice, "board", lambda asked: {row["claim"]: row} if asked == stem else {})
+    monkeypatch.setattr(advice, "board", lambda asked, scale=None: {row["claim"]: row} if asked == stem else {})
     return lambda expected="undecided", unit="": advice.claim(stated.id, expected, unit)
 
 

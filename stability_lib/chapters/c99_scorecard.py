@@ -139,9 +139,11 @@ FINDINGS = (
     'says("KT2.beats-norm-type", undecided="is nothing that we can tell", reproduced="is real", contradicted="is '
     'negative") }}.',
 
-    'KSS at its paper\'s dose {{ says("KT3.kss-half", "points", reproduced="prevents at least half as much '
+    'KSS at its paper\'s dose {{ says("KT3.fair", "points", reproduced="prevents at least half as much '
     'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
-    'undecided="may or may not prevent half as much divergence as reported") }}. Where little is '
+    'undecided="may or may not prevent half as much divergence as reported") }}, in models as wide as the paper\'s {{ '
+    'says("KT3.fair", "points", "gpu", reproduced="at least half", contradicted="too", undecided="we cannot tell") }}. '
+    'Where little is '
     'learned, of models without norms {{ diverged("no control") }} diverge, with Pre-LN '
     '{{ diverged("Pre-LN") }}.',
 
