@@ -140,11 +140,15 @@ def tally(of: str, verdict: str) -> int:
 
 
 def overall(of: str) -> str:
-    """What we would do with a paper, by how many of its claims hold."""
+    """What we would do with a paper, by how many of its claims hold. Counts that differ by less than their spread, the
+    root of their sum, are even."""
     held, failed, every = (tally(of, verdict) for verdict in ("reproduced", "contradicted", "any"))
     if 2 * held > every:
         return (f"we would build on it: more than half of what it says, {held} of {every}, can be seen on a laptop, "
                 f"and {failed} go the other way")
+    if abs(held - failed) <= (held + failed) ** 0.5:
+        return (f"we would decide claim by claim, as the count is even: {held} of {every} hold, {failed} go the other "
+                "way, and the rest stays open at our size")
     if held > failed:
         return (f"we would take its measurements and not its promises: {held} of {every} claims hold, {failed} go the "
                 "other way, and the rest stays open at our size")

@@ -89,8 +89,9 @@ def test_unknown_groups_verdicts_and_names_are_named():
         scorecard.sentences(["{{ say() }}"])
 
 
-@pytest.mark.parametrize("held, failed, words", [(30, 10, "we would build on it"), (20, 17, "its measurements and not"),
-                                                 (10, 17, "we would not build on it")])
+@pytest.mark.parametrize("held, failed, words", [(30, 10, "we would build on it"), (25, 12, "its measurements and not"),
+                                                 (20, 17, "the count is even"), (17, 20, "the count is even"),
+                                                 (10, 22, "we would not build on it")])
 def test_what_we_would_do_with_a_paper_follows_from_its_counts(monkeypatch, held, failed, words):
     numbers = {"reproduced": held, "contradicted": failed, "any": 57}
     monkeypatch.setattr(scorecard, "tally", lambda of, verdict: numbers[verdict])

@@ -309,11 +309,11 @@ STUDIES = ()
 CLAIMS = (
     Claim("KF4.eta-depth", "K Fig. 4", "the nonlinearity ratio rises with depth in pretrained models",
           "0.45 to 0.72 in LLaMA-2-7B", "slope of eta over relative depth, SmolLM2", ">", 0.0),
-    Claim("KF4.eta-depth-minilm", "K Fig. 4", "the same in an encoder", "not tested",
+    Claim("KF4.eta-depth-minilm", "ours", "the same in an encoder", "not tested",
           "slope of eta over relative depth, MiniLM", ">", 0.0),
     Claim("KT15.m1-depth", "K Tables 10, 15", "near-unit mass falls with depth in pretrained models",
           "0.74 to 0.61 in LLaMA-2-7B", "slope of M1 over relative depth, SmolLM2", "<", 0.0),
-    Claim("KT15.m1-depth-minilm", "K Tables 10, 15", "the same in an encoder", "not tested",
+    Claim("KT15.m1-depth-minilm", "ours", "the same in an encoder", "not tested",
           "slope of M1 over relative depth, MiniLM", "<", 0.0),
     Claim("KT15.kappa-depth", "K Tables 10, 15", "kappa rises with depth", "8.2 to 10.8 in LLaMA-2-7B",
           "slope of log10 kappa over relative depth, SmolLM2", ">", 0.0),
