@@ -36,7 +36,8 @@ PAPER_P = (
     'does not sink", reproduced="we see the drift that the paper describes in log Z", undecided="we cannot say that '
     'they drift") }}; z-loss {{ says("P4.near-zero", reproduced="does hold log Z near zero", contradicted="does '
     'not hold log Z near zero", undecided="may hold log Z near zero") }}, and {{ says("P3.harm", "exp", '
-    'undecided="whether doing without it costs a twentieth at a high rate is open, by the factor in loss", reproduced="the drift harms", '
+    'undecided="whether doing without it costs a twentieth at a high rate is open, by the factor in loss", '
+    'reproduced="the drift harms", '
     'contradicted="the drift does no '
     'harm") }}.',
 
@@ -50,7 +51,8 @@ PAPER_P = (
     'loss", undecided="may lower the loss") }}; independent weight decay {{ says("P6.long-sensitivity", "nats", '
     'contradicted="raises LR sensitivity here, by low rates", reproduced="lowers LR sensitivity", '
     'undecided="has no effect on LR sensitivity that we can tell") }}; and {{ says("P7.depth-faster", "nats", '
-    'undecided="whether depth raises it more than width is open", reproduced="depth raises it more than width, mostly by the lowest rate", '
+    'undecided="whether depth raises it more than width is open", reproduced="depth raises it more than width, '
+    'mostly by the lowest rate", '
     'contradicted="depth does not raise it more than width") }}.',
 
     'Of AdamW\'s eps: with ten times the parameters gradients {{ says("P11.falls-with-n", "10**", '
@@ -68,7 +70,8 @@ PAPER_K = (
     'The profile is well defined and cheap: {{ says("KT1.near-unit-mass", reproduced="most near-unit masses of its '
     'first table come out, by their mean distance", contradicted="the near-unit masses of its first table do '
     'not come out", undecided="how well the near-unit masses of its first table come out is open") }}, and {{ '
-    'says("KT1.spectral-radius", contradicted="its spectral radii, by one norm alone, do not", reproduced="so do its spectral radii", '
+    'says("KT1.spectral-radius", contradicted="its spectral radii, by one norm alone, do not", reproduced="so do '
+    'its spectral radii", '
     'undecided="of its spectral radii we cannot tell") }}.',
 
     'As a forecast of divergence, by AUROC, {{ says("KT2.m1-auroc", reproduced="it ranks runs of narrow '
@@ -86,8 +89,10 @@ PAPER_K = (
     'says("KT2.within-norms", undecided="it is not told from guessing", reproduced="it still ranks", '
     'contradicted="it ranks the wrong way round") }}.',
 
-    'As advice, at moderate learning rates, models that its decision flow calls high risk {{ says("KF7.warnings-right", "%", '
-    'contradicted="mostly train in the narrow sweep, and how many diverge depends on the rates tried", reproduced="mostly diverge", '
+    'As advice, at moderate learning rates, models that its decision flow calls high risk {{ '
+    'says("KF7.warnings-right", "%", '
+    'contradicted="mostly train in the narrow sweep, and how many diverge depends on the rates tried", '
+    'reproduced="mostly diverge", '
     'undecided="diverge we cannot say how often") }}; of the sweep\'s models that it lets go {{ '
     'says("KF7.go-safe", "%", reproduced="hardly any diverges", contradicted="more diverge than it should let", '
     'undecided="we cannot say how many diverge") }}, and of those outside of it {{ says("KF7.go-elsewhere", "%", '
@@ -133,8 +138,10 @@ FINDINGS = (
     '}}. With qk-norm {{ says("P1.qk-norm-trains", "%", reproduced="runs train at every rate", contradicted="many '
     'runs fail all the same", undecided="we cannot tell how many runs train") }}.',
 
-    'Among narrow models near-unit mass at initialization {{ says("KT2.m1-auroc", reproduced="ranks runs by whether they '
-    'diverge, by AUROC", contradicted="ranks runs by whether they diverge worse than claimed, by AUROC", undecided="may rank '
+    'Among narrow models near-unit mass at initialization {{ says("KT2.m1-auroc", reproduced="ranks runs by whether '
+    'they '
+    'diverge, by AUROC", contradicted="ranks runs by whether they diverge worse than claimed, by AUROC", '
+    'undecided="may rank '
     'runs by whether they diverge, by AUROC") }}, but with wider models among them its gain '
     'over the bare fact whether a model has norms {{ says("KT2.beats-norm-type", undecided="is nothing that we can '
     'tell", reproduced="is real", contradicted="is negative") }}.',
