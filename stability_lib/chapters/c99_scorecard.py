@@ -70,7 +70,8 @@ PAPER_K = (
     'The profile is well defined and cheap: {{ says("KT1.near-unit-mass", reproduced="most near-unit masses of its '
     'first table come out, by their mean distance", contradicted="the near-unit masses of its first table do '
     'not come out", undecided="how well the near-unit masses of its first table come out is open") }}, and {{ '
-    'says("KT1.spectral-radius", contradicted="its spectral radii do not, because of one norm alone", reproduced="so do '
+    'says("KT1.spectral-radius", contradicted="its spectral radii do not, because of one norm alone", '
+    'reproduced="so do '
     'its spectral radii", '
     'undecided="of its spectral radii we cannot tell") }}.',
 
