@@ -1,4 +1,15 @@
-"""Chapter 12, does shaping spectra help Vision Transformers? (Paper K, Table 9.)"""
+"""Chapter 12, does shaping spectra help Vision Transformers? (Paper K, Table 9.)
+
+`vision_seeds` came after the chapter's other runs, and with it were restated, before it was trained, the claims on
+accuracy and on the two norms: they asked for any difference, of which five seeds of `vision` had shown 0.1 points
+[-1.2, 1.5] with Pre-LN, 0.3 [-1.5, 2.1] with RMSNorm and 0.003 [-0.035, 0.041] in M1, and ask for half of the paper's
+now (1.75 points, 2.05 points, 0.03), on ten new seeds alone. By the scatter over those five, ten give the differences
+to +-0.8 points, +-1.0 points and +-0.022. K12.every-step and K12.every-step-clipping are new. Known by then: with KSS
+at alpha 0.15 at every step, where the paper's dose has every tenth, three seeds of Pre-LN (42, 123, 456) read 62, 64
+and 68% at LR 0.001, 0.002 and 0.004, and 58, 58 and 51% without control; at each one's best rate 9 points [-4, 22]
+more. Clipping had not been tried. That difference has a standard deviation of 5 points over seeds; ten new ones give it
+to +-4.
+"""
 
 from ..claims import Claim
 from ..config import RunConfig, grid
@@ -46,23 +57,44 @@ def vision(scale: str) -> list[RunConfig]:
     return found
 
 
-STUDIES = (vision,)
+def vision_seeds(scale: str) -> list[RunConfig]:
+    """Without control and with KSS at the paper's dose, on new seeds; with Pre-LN also with KSS at the paper's alpha at
+    every step, and with gradients clipped at norm 1. At scales gpu and paper the first grid."""
+    if check_scale(scale) in ("gpu", "paper"):
+        return vision(scale)
+    arms = [dict(norm=norm, shaping=shaping) for norm in EDGE for shaping in ("none", "kss")]
+    arms += [dict(shaping="kss", shaping_every=1), dict(clip_norm=1.0)]
+    lrs, seeds = (LADDER, range(201, 211)) if scale == "cpu" else (LADDER[1:2], (201, 202))
+    return grid(vision(scale)[0], arm=arms, lr=lrs, seed=seeds)
+
+
+STUDIES = (vision, vision_seeds)
 
 CLAIMS = (
-    Claim("KT9.accuracy-pre-ln", "K Table 9", "with Pre-LN, KSS raises accuracy", "75.8% against 72.3%",
-          "accuracy at each arm's best LR, KSS at the paper's dose minus no control, Pre-LN", ">", 0.0),
-    Claim("KT9.accuracy-rmsnorm", "K Table 9", "with RMSNorm, KSS raises accuracy", "74.2% against 70.1%",
-          "accuracy at each arm's best LR, KSS at the paper's dose minus no control, RMSNorm", ">", 0.0),
+    Claim("KT9.accuracy-pre-ln", "K Table 9", "with Pre-LN, KSS raises accuracy at least half as much as in the paper",
+          "75.8% against 72.3%",
+          "accuracy at each arm's best LR, KSS at the paper's dose minus no control, Pre-LN, new seeds (points)",
+          ">", 1.75),
+    Claim("KT9.accuracy-rmsnorm", "K Table 9", "with RMSNorm, too", "74.2% against 70.1%",
+          "accuracy at each arm's best LR, KSS at the paper's dose minus no control, RMSNorm, new seeds (points)",
+          ">", 2.05),
     Claim("KT9.divergence", "K Table 9", "KSS prevents divergence", "0 of 48 against 3 of 48",
           "diverged share at the edge, KSS at the paper's dose minus no control, both norms", "<", 0.0),
     Claim("KT9.near-unit-mass", "K Table 9", "KSS lowers near-unit mass", "0.38, 0.41 against 0.42, 0.48",
           "M1 at the last step at each arm's best LR, KSS at the paper's dose minus no control, both norms", "<", 0.0),
-    Claim("KT9.norms", "K Table 9", "RMSNorm has more near-unit mass than Pre-LN", "0.48 against 0.42",
-          "M1 at the last step at the best LR, RMSNorm minus Pre-LN, no control", ">", 0.0),
+    Claim("KT9.norms", "K Table 9", "RMSNorm has more near-unit mass than Pre-LN, by half of the paper's gap at least",
+          "0.48 against 0.42", "M1 at the last step at the best LR, RMSNorm minus Pre-LN, no control, new seeds",
+          ">", 0.03),
     Claim("K12.gentle", "ours", "at a gentle dose KSS raises accuracy", "not tested",
           "accuracy at each arm's best LR, KSS with a first gradient a tenth of the task's minus no control, both "
           "norms", ">", 0.0),
     Claim("K12.past-best", "ours", "KSS helps where the learning rate is past the best of no control", "not tested",
           "accuracy, KSS at the paper's dose minus no control, mean over LRs above the best of no control, both norms",
           ">", 0.0),
+    Claim("K12.every-step", "ours", "with Pre-LN, KSS at the paper's alpha, but at every step, raises accuracy",
+          "not tested", "accuracy at each arm's best LR, KSS at alpha 0.15 at every step minus no control, Pre-LN, new "
+          "seeds (points)", ">", 0.0),
+    Claim("K12.every-step-clipping", "ours", "it raises accuracy more than clipping does", "not tested",
+          "accuracy at each arm's best LR, KSS at alpha 0.15 at every step minus clipping at norm 1, Pre-LN, new seeds "
+          "(points)", ">", 0.0),
 )
