@@ -288,10 +288,13 @@ def perplexity(arm: str, source: str) -> str:
 
 
 def collapsed(load_balance: float) -> str:
-    """How many mixtures have at some reading an expert with over half of all tokens (chapter 14)."""
+    """How many mixtures have, at some reading once training has begun, an expert with over half of all tokens (chapter
+    14)."""
     found = _committed("router_collapse")
-    peaks = runs.peak(found[found["load_balance"] == load_balance], "expert_load_max")
-    return _count(peaks > 0.5)
+    found = found[found["load_balance"] == load_balance]
+    blocks = sorted({name for curves in found["curves"] for name in curves if name.startswith("expert_load_max/")})
+    read = pd.concat([runs.curve(found, block) for block in blocks])
+    return _count(read[read["step"] > 0].groupby("key")["value"].max() > 0.5)
 
 
 def less_sensitive(arm: str, study: str = "later_remedies") -> str:

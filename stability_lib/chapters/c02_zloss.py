@@ -151,7 +151,7 @@ CLAIMS = (
           "not tested", "slope of its final log p on ln eps, less 1, eps 1e-8 to 1e-6, longer runs", "within", 0.1),
     Claim("P4.vocabulary", "ours", "that floor does not depend on how many such symbols there are", "not tested",
           "slope of its final log p on ln V, eps 1e-6", "within", 0.5),
-    Claim("P4.speed", "ours", "above the floor, the speed of sinking is set by AdamW's beta2", "not tested",
+    Claim("P4.speed", "ours", "the larger AdamW's beta2, the less far unseen symbols sink", "not tested",
           "final log p at beta2 0.99 minus at 0.9, eps 1e-10 (nats)", ">", 2.0),
     Claim("P4.z-loss", "P Fig. 4", "z-loss brings log Z closer to 0", "near 0",
           "log10 of mean |log Z| over the second half of the run, with z-loss minus with neither, LR 1 and above, "

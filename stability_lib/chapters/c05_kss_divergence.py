@@ -339,7 +339,7 @@ CLAIMS = (
           f"diverged share where recall is learned, {AT_PAPER} clipping at 1", "<", 0.0),
     Claim("KT3.fair-every-step", "ours", "KSS 0.5 at every step prevents divergence there", "not tested",
           "diverged share where recall is learned, KSS 0.5 at every step minus no control", "<", 0.0),
-    Claim("KF2.fair-dose", "K Fig. 2", "there, more KSS prevents more", "25.0%, 12.5%, 8.3% at alpha 0.10, 0.15, 0.20",
+    Claim("KF2.fair-dose", "ours", "there, more KSS prevents more", "25.0%, 12.5%, 8.3% at alpha 0.10, 0.15, 0.20",
           "diverged share where recall is learned, KSS 1.5 minus 0.15 at every step", "<", 0.0),
     Claim("KT3.warm-up-100", "K Table 3", "after a warm-up of 100 steps KSS at the paper's dose prevents divergence",
           "12.5% against 66.7%", f"diverged share at LR 0.012, {AT_PAPER} no control", "<", 0.0),

@@ -102,10 +102,10 @@ CLAIMS = (
           "learning rate alone", "not tested",
           "Brier score of logistic regression (unit variance, C = 1) on the logit minus that on log LR, both fitted on "
           "the smaller sizes", "<", 0.0),
-    Claim("P10.worsens", "P Fig. 10", "attention logits forced to about 1e3 raise the loss",
+    Claim("P10.worsens", "P Fig. 10", "typical attention logits forced to 1e3 raise the loss",
           "loss worsens at kappa about 1e3",
           "final loss at kappa 1e3 minus that at the best smaller kappa (nats)", ">", 0.1),
-    Claim("P10.bigram", "P Fig. 10", "forced to 1e4, the model is worse than one without layers",
+    Claim("P10.bigram", "P Fig. 10", "forced to 1e4, they make the model worse than one without layers",
           "worse than a zero-layer bigram model by 1e4",
           "final loss at kappa 1e4 minus that of the model without layers (nats)", ">", 0.0),
     Claim("P10.head-size", "ours", "what counts is kappa, the size of a typical logit, and not the largest, which "

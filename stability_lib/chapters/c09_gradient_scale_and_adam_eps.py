@@ -116,6 +116,8 @@ CLAIMS = (
           "eps 1e-15 in place of 1e-8 improves the loss at LR 0.3",
           "final loss at eps 1e-15 minus that switched to 10 times the gradient RMS at half time, highest LR (nats)",
           "<", 0.0),
+    Claim("P13.smaller-eps", "P Fig. 13", "a smaller eps stops a collapse of the gradient RMS", "stops it",
+          "log10 ratio of gradient RMS after a switch to a smaller eps over that of a collapsed run", ">", 0.3),
     Claim("P13.collapse", "ours", "once eps is above the gradients, the gradient RMS collapses",
           "a smaller eps stops a collapse of the gradient RMS",
           "log10 ratio of gradient RMS (block 0's first MLP layer) in the last tenth, switched to 10 times the "

@@ -125,7 +125,7 @@ CLAIMS = (
     Claim("K14.gentle", "ours", "at a gentle dose KSS raises accuracy", "not tested",
           "accuracy at each arm's best LR, gentle KSS minus no control, mean over Pre-LN and MoE", ">", 0.0),
     Claim("K14.risk", "ours", "near-unit mass at initialization ranks architectures by how much they diverge",
-          "Tables 16 to 18: M1 and divergence fall together",
+          "Tables 16, 17: M1 and divergence fall together; 18: not",
           "rank correlation over architectures of M1 at initialization (fan-in) with the diverged share", ">", 0.0),
     Claim("K14.router", "ours", "near-unit mass tells a collapsed router from an even one", "not tested",
           "AUROC of M1 at a reading for the largest load being over half of all tokens", ">", 0.75),

@@ -67,8 +67,9 @@ PAPER_K = (
     'Of {{ tally("paper K", "any") }} claims of paper K {{ tally("paper K", "reproduced") }} hold here, {{ '
     'tally("paper K", "contradicted") }} do not, and of {{ tally("paper K", "undecided") }} our runs cannot tell.',
 
-    'The profile is well defined and cheap: {{ says("KT1.near-unit-mass", reproduced="most near-unit masses of its '
-    'first table come out, by their mean distance", contradicted="the near-unit masses of its first table do '
+    'The profile is cheap, and leaves open on which rank and states it is taken: {{ says("KT1.near-unit-mass", '
+    'reproduced="most near-unit masses of its first table come out, by their mean distance", contradicted="the '
+    'near-unit masses of its first table do '
     'not come out", undecided="how well the near-unit masses of its first table come out is open") }}, and {{ '
     'says("KT1.spectral-radius", contradicted="its spectral radii do not, because of one norm alone", '
     'reproduced="so do '
@@ -116,7 +117,7 @@ PAPER_K = (
     'undecided="whether it learns more than weight norm is open", reproduced="it learns more than weight norm", '
     'contradicted="it learns less than weight norm") }}.',
 
-    'On a made-up language KSS {{ says("KT7.perplexity", "nats", contradicted="raises the '
+    'On a made-up language, at a middle size, KSS {{ says("KT7.perplexity", "nats", contradicted="raises the '
     'loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
@@ -125,8 +126,9 @@ PAPER_K = (
     'In a pretrained model {{ says("KF4.eta-depth", contradicted="nonlinearity does not rise with depth, '
     'by its slope", '
     'reproduced="nonlinearity rises with depth", undecided="whether nonlinearity rises with depth is open") }}, '
-    'and {{ says("K13.setting", contradicted="no choice that the paper leaves open gives its numbers", '
-    'reproduced="a choice that the paper leaves open gives its numbers", undecided="whether its numbers can be '
+    'and {{ says("K13.setting", contradicted="no choice that the paper leaves open gives its numbers in '
+    'this other model", reproduced="a choice that the paper leaves open gives its numbers", undecided="whether '
+    'its numbers can be '
     'had is open") }}.',
 
     'All in all {{ overall("paper K") }}.',
@@ -134,9 +136,10 @@ PAPER_K = (
 
 FINDINGS = (
     'Without qk-norm models fail at high learning rates, {{ limit("smallest") }}, {{ limit("largest") }}; in '
-    'failing runs {{ says("P9.failing-above-1e4", "10**", reproduced="attention logits pass ten thousand", '
-    'contradicted="attention logits stay below ten thousand", undecided="attention logits may pass ten thousand") '
-    '}}. With qk-norm {{ says("P1.qk-norm-trains", "%", reproduced="runs train at every rate", contradicted="many '
+    'failing runs of a coarse grid {{ says("P9.failing-above-1e4", "10**", reproduced="attention logits pass ten '
+    'thousand", contradicted="attention logits stay below ten thousand", undecided="attention logits may pass '
+    'ten thousand") }}. With qk-norm {{ says("P1.qk-norm-trains", "%", reproduced="runs train at every rate", '
+    'contradicted="many '
     'runs fail all the same", undecided="we cannot tell how many runs train") }}.',
 
     'Among narrow models near-unit mass at initialization {{ says("KT2.m1-auroc", reproduced="ranks runs by whether '
@@ -145,8 +148,9 @@ FINDINGS = (
     'over the bare fact whether a model has norms {{ says("KT2.beats-norm-type", undecided="is nothing that we can '
     'tell", reproduced="is real", contradicted="is negative") }}.',
 
-    'KSS at its paper\'s dose {{ says("KT3.fair", "points", reproduced="prevents at least half as much '
-    'divergence as reported", contradicted="prevents less than half of the divergence that is reported", '
+    'Where recall is learned, after a long warm-up, KSS at its paper\'s dose {{ says("KT3.fair", "points", '
+    'reproduced="prevents at least half as much divergence as reported", contradicted="prevents less than half of '
+    'the divergence that is reported", '
     'undecided="may or may not prevent half as much divergence as reported") }}, in models as wide as the paper\'s {{ '
     'says("KT3.fair", "points", "gpu", reproduced="at least half", contradicted="too", undecided="we cannot tell") }}. '
     'Where little is '
