@@ -72,7 +72,7 @@ GOLDEN = {
     "language_synthetic_sizes": ("e3b0c442", "3072cf5b", "bac2f734", "64bf00d3"),
     "vision": ("c2f42c12", "01d109b3", "2a910689", "865d8672"),
     "vision_seeds": ("bef7caea", "5f894260", "2a910689", "865d8672"),
-    "vision_longer": ("c2f42c12", "f00b6e28", "2a910689", "865d8672"),
+    "vision_longer": ("c2f42c12", "f00b6e28", "033901f7", "865d8672"),
     "profiles": ("0bde522b", "926827c0", "838fd24e", "787bbef3"),
     "architectures": ("efa947d0", "70fa3d1f", "f279cff5", "36acdf72"),
     "router_collapse": ("ed2b84c7", "4b173471", "eb3f9c09", "7ea6cf89"),

@@ -74,12 +74,13 @@ def vision_seeds(scale: str) -> list[RunConfig]:
 
 
 def vision_longer(scale: str) -> list[RunConfig]:
-    """Pre-LN without control and with KSS at the paper's dose in runs four times as long, on other new seeds, about
-    the best rate of a pilot. At all scales but cpu the first grid."""
-    if check_scale(scale) != "cpu":
+    """Pre-LN without control and with KSS at the paper's dose in runs of more steps, four times those of `cpu`, on
+    other new seeds, about the best rate of a pilot. At scales quick and paper the first grid."""
+    if check_scale(scale) in ("quick", "paper"):
         return vision(scale)
     first = replace(vision(scale)[0], steps=1200, warmup_steps=120, spectra_every=1200)
-    return grid(first, shaping=["none", "kss"], lr=LADDER[:3], seed=range(301, 317))
+    lrs, seeds = (LADDER[:3], range(301, 317)) if scale == "cpu" else (LADDER[1:2], SEEDS[:3])
+    return grid(first, shaping=["none", "kss"], lr=lrs, seed=seeds)
 
 
 STUDIES = (vision, vision_seeds, vision_longer)
