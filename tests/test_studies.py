@@ -73,7 +73,7 @@ GOLDEN = {
     "vision": ("c2f42c12", "01d109b3", "2a910689", "865d8672"),
     "vision_seeds": ("bef7caea", "5f894260", "2a910689", "865d8672"),
     "vision_pre_ln": ("c2f42c12", "9d1cc45a", "2a910689", "865d8672"),
-    "vision_longer": ("c2f42c12", "f00b6e28", "033901f7", "865d8672"),
+    "vision_longer": ("c2f42c12", "b5d13a2f", "033901f7", "865d8672"),
     "profiles": ("0bde522b", "926827c0", "838fd24e", "787bbef3"),
     "profiles_seeds": ("0bde522b", "c185ebf3", "838fd24e", "787bbef3"),
     "architectures": ("efa947d0", "70fa3d1f", "f279cff5", "36acdf72"),
