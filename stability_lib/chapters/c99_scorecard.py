@@ -121,7 +121,9 @@ PAPER_K = (
     'loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
-    'divergence than clipping", undecided="whether it prevents more than clipping is open") }}.',
+    'divergence than clipping", undecided="whether it prevents more than clipping is open") }}; in a small Vision '
+    'Transformer, at every step, {{ says("K12.every-step", "points", reproduced="it raises accuracy", '
+    'contradicted="it raises no accuracy", undecided="whether it raises accuracy is open") }}.',
 
     'In a pretrained model {{ says("KF4.eta-depth", contradicted="nonlinearity does not rise with depth, '
     'by its slope", '
