@@ -150,10 +150,16 @@ class MonitorCallback(TrainerCallback):
             self.monitor.close()  # of a train() before
         self.monitor = StabilityMonitor(_wrapped(model), **self._settings)
         self.monitor.steps = state.global_step
+        self._late = _late_stops(self.monitor)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.monitor.steps = state.global_step
         if _stops(lambda: self.monitor.step(), optimizer):
+            control.should_training_stop = True
+        return control
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._late:
             control.should_training_stop = True
         return control
 
@@ -183,6 +189,18 @@ def _stops(step: Callable[[], object], optimizer) -> bool:
     return False
 
 
+def _late_stops(monitor: StabilityMonitor) -> list[StabilityStop]:
+    """What will hold the stops that come from within the optimizer's step, where no exception may leave a `Trainer`."""
+    late = []
+
+    def keep(stop: StabilityStop) -> None:
+        warnings.warn(f"training stops after this step. {stop}", stacklevel=3)
+        late.append(stop)
+
+    monitor._on_late_stop = keep
+    return late
+
+
 def lightning_monitor(module: Callable[[nn.Module], nn.Module] | None, settings: Mapping):
     """See `monitor.lightning_callback`."""
     try:
@@ -198,6 +216,7 @@ def lightning_monitor(module: Callable[[nn.Module], nn.Module] | None, settings:
             if self.monitor is not None:
                 self.monitor.close()
             self.monitor = StabilityMonitor((module or _called)(pl_module), **settings)
+            self.late = _late_stops(self.monitor)
 
         def on_before_backward(self, trainer, pl_module, loss):
             self.loss = loss.detach() * trainer.accumulate_grad_batches  # it comes divided by their number
@@ -205,6 +224,10 @@ def lightning_monitor(module: Callable[[nn.Module], nn.Module] | None, settings:
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             self.monitor.steps = trainer.global_step
             if _stops(lambda: self.monitor.step(self.loss), optimizer):
+                trainer.should_stop = True
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if self.late:
                 trainer.should_stop = True
 
         def on_train_end(self, trainer, pl_module):

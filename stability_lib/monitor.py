@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import probes
-from .alarms import ALARMS, Alarm, Raised, Watch
+from .alarms import ALARMS, Alarm, Raised, StabilityStop, Watch
 from .attention import CHUNK, Reader, module_names
 from .config import unknown
 from .stream import stacks, stream_states, unwrapped
@@ -73,6 +73,7 @@ class StabilityMonitor:
         self._reader: Reader | None = None
         self._reading = self._closed = False
         self._pending: tuple | None = None
+        self._on_late_stop: Callable[[StabilityStop], None] | None = None
         self._clear()
         self._attach()
         weakref.finalize(self, probes.unhook, self._hooks)
@@ -85,7 +86,7 @@ class StabilityMonitor:
 
     def close(self) -> None:
         """Finish the last row and take all hooks off."""
-        self._finish(stepping=False)
+        self._finish_late(stepping=False)
         self._end_reading()
         probes.unhook(self._hooks)
         self._closed = True
@@ -340,7 +341,16 @@ class StabilityMonitor:
             if eps[id(weight)] and f"gradient_rms/{name}" in row:
                 updates[f"gradient_over_eps/{name}"] = row[f"gradient_rms/{name}"] / eps[id(weight)]
         if not before:
-            self._finish()
+            self._finish_late()
+
+    def _finish_late(self, stepping: bool = True) -> None:
+        """`_finish` where an exception would leave the optimizer's step, or the end of training."""
+        try:
+            self._finish(stepping)
+        except StabilityStop as stop:
+            if self._on_late_stop is None:
+                raise
+            self._on_late_stop(stop)
 
     def _finish(self, stepping: bool = True) -> None:
         """Keep and log the pending row; where the loop goes on it should have its updates."""
@@ -449,7 +459,8 @@ def draw(table: pd.DataFrame, raised: Sequence[Raised] = ()):
 def trainer_callback(**settings):
     """A callback of Hugging Face's `Trainer` with a monitor of these settings, as `monitor` while and after it trains.
 
-    "stop" leaves the weights as they were before the step and ends training. With gradients accumulated the loss is
+    "stop" leaves the weights as they were before the step and ends training; for what is known only after it (see
+    `Alarm`) it ends training then. With gradients accumulated the loss is
     that of all micro-batches; gradients are read after clipping.
     """
     from .callbacks import MonitorCallback  # transformers takes seconds to import, and only its users have it

@@ -764,6 +764,16 @@ def test_stop_in_the_trainer_leaves_the_weights_of_the_step_before(tmp_path):
     assert same(before, weights) and len(losses) <= 1
 
 
+LATE = [alarms.Alarm("gradient_over_eps", below=math.inf, action="stop")]
+"""Goes off in the first step, once that is made."""
+
+
+def test_an_alarm_that_is_known_after_the_step_ends_training_in_the_trainer_without_an_exception(tmp_path):
+    with pytest.warns(UserWarning, match="training stops after this step. step 0: gradient_over_eps/"):
+        losses, _ = with_trainer(tmp_path, build("LlamaForCausalLM"), trainer_callback(every=1, alarms=LATE))
+    assert len(losses) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance", "ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*litlogger")
@@ -797,3 +807,7 @@ def test_the_trainer_of_lightning(tmp_path):
         stopped = train(lightning_callback(every=1, alarms=alarming(above=-1e9, action="stop")))
     torch.manual_seed(0)
     assert same(stopped, [*Lit().parameters()])
+    late = lightning_callback(every=1, alarms=LATE)
+    with pytest.warns(UserWarning, match="training stops after this step"):
+        train(late)
+    assert late.monitor.steps == 1
