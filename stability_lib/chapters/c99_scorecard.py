@@ -122,7 +122,7 @@ PAPER_K = (
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
     'divergence than clipping", undecided="whether it prevents more than clipping is open") }}; in a small Vision '
-    'Transformer, at every step, {{ says("K12.every-step", "points", reproduced="it raises accuracy", '
+    'Transformer, at every step, {{ says("K12.every-step", reproduced="it raises accuracy, by percentage points", '
     'contradicted="it raises no accuracy", undecided="whether it raises accuracy is open") }}.',
 
     'In a pretrained model {{ says("KF4.eta-depth", contradicted="nonlinearity does not rise with depth, '
