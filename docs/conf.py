@@ -80,16 +80,18 @@ def contents() -> str:
 
 
 def linked(text: str, page: Path) -> str:
-    """Markdown whose links to files and folders that are no pages lead to the repository."""
+    """Markdown whose links to files and folders that are no pages lead to the repository, or are none while it has no
+    address."""
     known = {*pages()}
 
-    def address(match: re.Match) -> str:
-        path = Path(os.path.normpath(page.parent / match[0].partition("#")[0]))
+    def link(match: re.Match) -> str:
+        path = Path(os.path.normpath(page.parent / match[2].partition("#")[0]))
         if path in known or path.suffix in (".gif", ".png", ".svg") or not (ROOT / path).exists():
             return match[0]
-        return f"{REPOSITORY}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+        address = f"{REPOSITORY}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+        return f"[{match[1]}]({address})" if PUBLISHED else match[1]
 
-    return re.sub(r"(?<=\]\()(?!https?:|#|mailto:)[^)\s]+", address, text)
+    return re.sub(r"\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)", link, text)
 
 
 def shown(notebook: dict, page: Path) -> dict:

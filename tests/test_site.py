@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -67,12 +68,17 @@ def test_no_link_of_a_page_is_broken(page):
             assert anchor in anchors(to), f"{page} links to {link}: no such heading"
 
 
-def test_links_beyond_the_book_lead_to_the_repository():
-    text = ("[a](stability_lib/config.py) [b](notebooks/) [c](docs/gpu.md#x) [d](docs/figure1.png) "
+def test_links_beyond_the_book_lead_to_the_repository_once_it_has_an_address(monkeypatch):
+    text = ("[a](stability_lib/config.py) [`b`](notebooks/) [c](docs/gpu.md#x) ![d](docs/figure1.png) "
             "[e](https://x.org) [f](#here) [g](nowhere.md)")
-    at = f"{CONF.REPOSITORY}/blob/main/stability_lib/config.py", f"{CONF.REPOSITORY}/tree/main/notebooks"
-    expected = text.replace("stability_lib/config.py", at[0]).replace("notebooks/", at[1])
+    monkeypatch.setattr(CONF, "REPOSITORY", "https://github.com/you/it")
+    monkeypatch.setattr(CONF, "PUBLISHED", True)
+    to = "https://github.com/you/it/blob/main/stability_lib/config.py", "https://github.com/you/it/tree/main/notebooks"
+    expected = text.replace("stability_lib/config.py", to[0]).replace("notebooks/", to[1])
     assert CONF.linked(text, Path("README.md")) == expected
+    monkeypatch.setattr(CONF, "PUBLISHED", False)
+    without = text.replace("[a](stability_lib/config.py) [`b`](notebooks/)", "a `b`")
+    assert CONF.linked(text, Path("README.md")) == without
 
 
 def test_a_docstring_s_list_stands_apart_from_the_sentences_about_it():
@@ -121,6 +127,49 @@ def test_launching_a_notebook_twice_changes_nothing_and_counts_cells_anew():
     assert "install" in code[0].metadata.tags and "parameters" in code[1].metadata.tags
     assert "colab.py pretrained lightning\n" in LAUNCH.install("import lightning.pytorch\nfrom transformers import X")
     assert "colab.py\n" in LAUNCH.install("from stability_lib import runs")
+
+
+@pytest.mark.parametrize("given", ["https://github.com/you/it", "https://github.com/you/it/",
+                                   "https://github.com/you/it.git"])
+def test_a_repository_that_says_where_it_is_gets_badges_that_lead_there(tmp_path, monkeypatch, capsys, given):
+    """As the workflow of the site does it, in a copy: once, and nothing is left to do."""
+    (tmp_path / "notebooks").mkdir()
+    names = [path.name for path in batch.notebooks(["00", "18"])]
+    for name in ["pyproject.toml", *(f"notebooks/{name}" for name in names)]:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.setattr(LAUNCH, "ROOT", tmp_path)
+    monkeypatch.setattr(LAUNCH, "PROJECT", tmp_path / "pyproject.toml")
+    assert LAUNCH.main(["--check", "--repository", given]) == 1
+    assert (tmp_path / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
+    assert LAUNCH.main(["--repository", given]) == 0
+    assert capsys.readouterr().out.split() == 2 * ["pyproject.toml", *names]
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls == {"Repository": "https://github.com/you/it"}
+    for name in names:
+        title, *cells = nbformat.read(tmp_path / "notebooks" / name, as_version=4).cells
+        assert f"(https://colab.research.google.com/github/you/it/blob/main/notebooks/{name})" in title.source
+        assert f"(https://mybinder.org/v2/gh/you/it/HEAD?labpath=notebooks%2F{name})" in title.source
+        (install,) = [cell.source for cell in cells if "install" in cell.metadata.get("tags", [])]
+        assert "git clone -q --depth 1 https://github.com/you/it stability_lib\n" in install
+    assert LAUNCH.main(["--check", "--repository", given]) == 0
+
+
+@pytest.mark.parametrize("given", ["https://github.com/you", "https://example.org/you/it", "you/it",
+                                   "https://github.com/you/it/tree/main", "https://github.com/you/it; rm -r x"])
+def test_what_is_no_address_of_a_repository_is_refused(capsys, given):
+    with pytest.raises(SystemExit, match="2"):
+        LAUNCH.main(["--check", "--repository", given])
+    assert "is not an address like https://github.com/you/name" in capsys.readouterr().err
+
+
+def test_the_workflow_of_the_site_gives_the_repository_s_address():
+    """Jobs and permissions as GitHub reads them; what the job runs is a command of this project."""
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "site.yml").read_text())["jobs"]
+    commands = "\n".join(step.get("run", "") for step in jobs["badges"]["steps"])
+    assert 'python tools/launch.py --repository "$GITHUB_SERVER_URL/$GITHUB_REPOSITORY"' in commands
+    assert jobs["badges"]["permissions"] == {"contents": "write"} and jobs["publish"]["needs"] == "badges"
+    assert [step["with"]["ref"] for step in jobs["publish"]["steps"] if "checkout" in step.get("uses", "")] == ["main"]
 
 
 def test_on_colab_torch_and_the_kernel_stay_as_they_are(monkeypatch):
