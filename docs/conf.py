@@ -52,8 +52,8 @@ html_theme_options = {
     "repository_url": REPOSITORY, "repository_branch": "main", "path_to_docs": "", "use_repository_button": PUBLISHED,
     "navbar_persistent": [], "use_download_button": False, "home_page_in_toc": True, "show_navbar_depth": 1,
     "show_toc_level": 2,
-    "launch_buttons": {"colab_url": "https://colab.research.google.com",
-                       "binderhub_url": "https://mybinder.org"} if PUBLISHED else {},
+    "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org",
+                       "notebook_interface": "jupyterlab"} if PUBLISHED else {},
 }
 
 
