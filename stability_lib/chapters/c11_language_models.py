@@ -1,4 +1,12 @@
-"""Chapter 11, does shaping spectra help language models? (Paper K, Tables 7, 8.)"""
+"""Chapter 11, does shaping spectra help language models? (Paper K, Tables 7, 8.)
+
+`language_seeds` came after all other runs. Three seeds had left perplexity on text open, at 0.481 nats [-0.206, 1.17]
+under KSS at the paper's dose (KT8.perplexity) and 0.137 [-0.0627, 0.336] at the gentle one (K11.gentle), and on the
+synthetic language as a lead, 0.292 [0.144, 0.439] (KT7.perplexity); of their best rates on text 6 of 21 lay at the
+ladder's end. Ten new seeds alone judge these three claims now, criteria unchanged, as fixed before they were trained,
+on a ladder that begins and ends half a decade lower. By the scatter over the three seeds they give the differences to
++-0.20, +-0.057 and +-0.043 nats.
+"""
 
 from collections.abc import Container
 
@@ -29,6 +37,8 @@ SIZES = {
 }
 LADDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Learning rates among which an arm finds its best."""
+LOWER = (3e-4, *LADDER[:-1])
+"""The ladder of `language_seeds`."""
 EDGE = {"S": (0.6, 0.75, 0.85, 0.95), "M": (0.4, 0.5, 0.58, 0.65), "L": (0.3, 0.4, 0.48, 0.55)}
 """Learning rates up to one at which both pilot seeds, 100 and 101, diverged without control."""
 MATCHED = {"text": dict(S=0.0103, M=0.016, L=0.020), "synthetic": dict(S=0.0074, M=0.012, L=0.0123)}
@@ -86,7 +96,19 @@ def language_synthetic_sizes(scale: str) -> list[RunConfig]:
     return _runs("synthetic", scale, "SL")
 
 
-STUDIES = (language_text, language_synthetic, language_synthetic_sizes)
+def language_seeds(scale: str) -> list[RunConfig]:
+    """Without control, with KSS at the paper's dose and, at size M, at the gentle one, on both sources, on ten new
+    seeds. At all scales but cpu the first grids."""
+    if check_scale(scale) != "cpu":
+        return language_text(scale) + language_synthetic(scale)
+    found = []
+    for source, name in (("text", "S"), ("text", "M"), ("text", "L"), ("synthetic", "M")):
+        arms = [{}, at_paper()] + ([matched(source, name, 0.1)] if name == "M" else [])
+        found += grid(_runs(source, scale, name)[0], arm=arms, lr=LOWER, seed=range(401, 411))
+    return found
+
+
+STUDIES = (language_text, language_synthetic, language_synthetic_sizes, language_seeds)
 
 CLAIMS = (
     Claim("KT7.divergence", "K Table 7", "on the synthetic language KSS prevents divergence", "3 of 24 against 6 of 24",

@@ -53,6 +53,14 @@ def remedies_of_both(scale: str) -> list[RunConfig]:
     return found
 
 
+def remedies_seeds(scale: str) -> list[RunConfig]:
+    """The same on twelve new seeds. At all scales but cpu the first grid."""
+    found = remedies_of_both(scale)
+    if scale != "cpu":
+        return found
+    return [replace(config, seed=seed) for config in found if config.seed == 0 for seed in range(401, 413)]
+
+
 def norm_placements(scale: str) -> list[RunConfig]:
     """Models that differ in where they are normalised, in initialization and in shape, without remedies."""
     norms = ["pre_ln", "rmsnorm", "post_ln", "deepnorm_pre", "subln", "no_norm"]
@@ -98,7 +106,7 @@ def _seeds(scale: str, many: int) -> range:
 
 
 SCORED = (width_and_depth, attention_logit_growth, logit_growth_by_size, logit_growth_near_failure)
-STUDIES = (remedies_of_both, norm_placements, profiles_at_start, *SCORED)
+STUDIES = (remedies_of_both, remedies_seeds, norm_placements, profiles_at_start, *SCORED)
 
 CLAIMS = (
     Claim("PK.init-m1", "K Table 2", "near-unit mass at initialization ranks models by whether they fail",
