@@ -117,7 +117,7 @@ PAPER_K = (
     'undecided="whether it learns more than weight norm is open", reproduced="it learns more than weight norm", '
     'contradicted="it learns less than weight norm") }}.',
 
-    'On a made-up language, at a middle size, KSS {{ says("KT7.perplexity", "nats", contradicted="raises the '
+    'On text, over three sizes, KSS {{ says("KT8.perplexity", "nats", contradicted="raises the '
     'loss", reproduced="lowers '
     'the loss", undecided="does not move the loss in a way that we can tell") }}, and {{ says("K11.clipping", '
     '"points", contradicted="clipping prevents more divergence than it does", reproduced="it prevents more '
