@@ -144,7 +144,7 @@ FINDINGS = (
     'contradicted="many '
     'runs fail all the same", undecided="we cannot tell how many runs train") }}.',
 
-    'Among narrow models, at rates up to 0.03, near-unit mass at initialization {{ says("KT2.m1-auroc", '
+    'Among narrow models, at moderate rates, near-unit mass at initialization {{ says("KT2.m1-auroc", '
     'reproduced="ranks runs by whether they diverge, by AUROC", contradicted="ranks runs by whether they diverge '
     'worse than claimed, by AUROC", undecided="may rank runs by whether they diverge, by AUROC") }}, but with wider '
     'models among them its gain over the bare fact whether a model has norms {{ says("KT2.beats-norm-type", '
