@@ -89,9 +89,10 @@ def linked(text: str, page: Path) -> str:
         if path in known or path.suffix in (".gif", ".png", ".svg") or not (ROOT / path).exists():
             return match[0]
         address = f"{REPOSITORY}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
-        return f"[{match[1]}]({address})" if PUBLISHED else match[1]
+        return f"[{match[1]}]({address}{match[3] or ''})" if PUBLISHED else match[1]
 
-    return re.sub(r"\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)", link, text)
+    within = r"(?:!?\[[^\[\]]*\](?:\([^()]*\))?|[^\[\]])*"  # a link's words may hold brackets, or a picture
+    return re.sub(rf'(?<!!)\[({within})\]\((?!https?:|#|mailto:)([^)\s]+)(\s+"[^"]*")?\)', link, text)
 
 
 def shown(notebook: dict, page: Path) -> dict:
@@ -100,7 +101,7 @@ def shown(notebook: dict, page: Path) -> dict:
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = linked(re.sub(r"^\[!\[.*\n+", "", source, count=1, flags=re.M), page)
+            cell["source"] = linked(re.sub(r"^\[!\[.*\n*", "", source, count=1, flags=re.M), page)
         elif cell["metadata"].get("jupyter", {}).get("source_hidden"):
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]
         for output in cell.get("outputs", []):

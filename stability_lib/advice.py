@@ -8,6 +8,7 @@ scale cpu. A number that its chapter shows too is computed as it is there.
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -90,8 +91,8 @@ def _link(stem: str, title: str = "") -> str:
 
 
 def scales(stems: list[str]) -> str:
-    """A table of the data, sizes, lengths and seeds of chapters' runs at scale cpu."""
-    lines = ["| chapter | data | parameters | steps | seeds, by study |", "|---|---|---|---|---|"]
+    """A table of the data, sizes, lengths and seeds of chapters' runs at scale cpu; seeds of one setting in a study."""
+    lines = ["| chapter | data | parameters | steps | seeds of a setting |", "|---|---|---|---|---|"]
     for stem in stems:
         grids = [grid for study in studies.of_chapter(stem) if (grid := [c for c in _grid(study) if c.steps > 1])]
         made = [config for grid in grids for config in grid]
@@ -99,7 +100,7 @@ def scales(stems: list[str]) -> str:
         lines.append(f"| {_link(stem)} | {', '.join(dict.fromkeys(config.data for config in made))} | "
                      f"{_span(filter(None, map(models.n_params, shapes)), plotting.size_label)} | "
                      f"{_span({config.steps for config in made})} | "
-                     f"{_span(len({config.seed for config in grid}) for grid in grids)} |")
+                     f"{_span(n for grid in grids for n in Counter(replace(c, seed=0) for c in grid).values())} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """The book of `make site` finds every page, none of its links is broken, and the tools beside it do what they say."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -70,14 +71,18 @@ def test_no_link_of_a_page_is_broken(page):
 
 def test_links_beyond_the_book_lead_to_the_repository_once_it_has_an_address(monkeypatch):
     text = ("[a](stability_lib/config.py) [`b`](notebooks/) [c](docs/gpu.md#x) ![d](docs/figure1.png) "
-            "[e](https://x.org) [f](#here) [g](nowhere.md)")
+            "[e](https://x.org) [f](#here) [g](nowhere.md) "
+            '[0 [0, 1]](data/runs/ "h") [![i](docs/figure1.png)](tests/)')
     monkeypatch.setattr(CONF, "REPOSITORY", "https://github.com/you/it")
     monkeypatch.setattr(CONF, "PUBLISHED", True)
     to = "https://github.com/you/it/blob/main/stability_lib/config.py", "https://github.com/you/it/tree/main/notebooks"
     expected = text.replace("stability_lib/config.py", to[0]).replace("notebooks/", to[1])
+    for folder in ("data/runs/", "tests/"):
+        expected = expected.replace(folder, f"https://github.com/you/it/tree/main/{folder[:-1]}")
     assert CONF.linked(text, Path("README.md")) == expected
     monkeypatch.setattr(CONF, "PUBLISHED", False)
-    without = text.replace("[a](stability_lib/config.py) [`b`](notebooks/)", "a `b`")
+    without = text.replace("[a](stability_lib/config.py) [`b`](notebooks/)", "a `b`").replace(
+        '[0 [0, 1]](data/runs/ "h") [![i](docs/figure1.png)](tests/)', "0 [0, 1] ![i](docs/figure1.png)")
     assert CONF.linked(text, Path("README.md")) == without
 
 
@@ -152,6 +157,18 @@ def test_a_repository_that_says_where_it_is_gets_badges_that_lead_there(tmp_path
         (install,) = [cell.source for cell in cells if "install" in cell.metadata.get("tags", [])]
         assert "git clone -q --depth 1 https://github.com/you/it stability_lib\n" in install
     assert LAUNCH.main(["--check", "--repository", given]) == 0
+
+
+def test_launching_takes_a_title_alone_and_a_notebook_without_code():
+    title, code = nbformat.v4.new_markdown_cell("# T", id="t"), nbformat.v4.new_code_cell("1", id="c")
+    for cells in ([title], [title, code]):
+        notebook = nbformat.v4.new_notebook(cells=copy.deepcopy(cells))
+        first = nbformat.writes(LAUNCH.launched(notebook, "x.ipynb", "https://github.com/you/it"))
+        moved = LAUNCH.launched(nbformat.reads(first, as_version=4), "x.ipynb", "https://github.com/me/it")
+        assert moved.cells[0].source.count("Open in Colab") == 1 and "github/me/it/" in moved.cells[0].source
+        assert nbformat.writes(LAUNCH.launched(moved, "x.ipynb", "https://github.com/you/it")) == first
+    with pytest.raises(ValueError, match="0 lines 'Repository"):
+        LAUNCH.moved('repository = "https://github.com/OWNER/x"', "https://github.com/you/it")
 
 
 @pytest.mark.parametrize("given", ["https://github.com/you", "https://example.org/you/it", "you/it",

@@ -22,7 +22,7 @@ PROJECT = ROOT / "pyproject.toml"
 REPOSITORY = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 EXTRAS = {"pretrained": r"\b(transformers|checkpoint)\b", "lightning": r"\bimport lightning\b"}
 """Optional parts of the project, and what a notebook's code shows that it needs them."""
-BADGE = re.compile(r"^\[!\[Open in Colab\].*\n\n", flags=re.M)
+BADGE = re.compile(r"^\[!\[Open in Colab\].*\n*", flags=re.M)
 
 
 def published(repository: str = REPOSITORY) -> bool:
@@ -38,8 +38,11 @@ def address(text: str) -> str:
 
 
 def moved(project: str, repository: str) -> str:
-    """The text of pyproject.toml with the address `repository`."""
-    return re.sub(r'(?m)^Repository = ".*"$', f'Repository = "{repository}"', project)
+    """The text of pyproject.toml with the address `repository`; ValueError where it has no one line for it."""
+    text, found = re.subn(r'(?m)^Repository = ".*"$', f'Repository = "{repository}"', project)
+    if found != 1:
+        raise ValueError(f"pyproject.toml has {found} lines 'Repository = \"...\"': it needs one, in [project.urls]")
+    return text
 
 
 def badges(name: str, repository: str = REPOSITORY) -> str:
@@ -63,11 +66,14 @@ if "COLAB_RELEASE_TAG" in os.environ and not os.path.exists("stability_lib"):
 
 
 def launched(notebook: nbformat.NotebookNode, name: str, repository: str = REPOSITORY) -> nbformat.NotebookNode:
-    """The notebook with both; a cell that is new counts as run first, as it does nothing but on Colab."""
+    """The notebook with both, without code with badges alone; a cell that is new counts as run first, as it does
+    nothing but on Colab."""
     title = notebook.cells[0]
     heading, _, rest = BADGE.sub("", title.source, count=1).partition("\n")
     title.source = f"{heading}\n\n{badges(name, repository)}\n\n{rest.lstrip()}".rstrip()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not code:
+        return notebook
     known = [cell for cell in code if "install" in cell.metadata.get("tags", [])]
     source = install("\n".join(cell.source for cell in code if cell not in known), repository)
     if known:
