@@ -92,7 +92,7 @@ def _link(stem: str, title: str = "") -> str:
 
 def scales(stems: list[str]) -> str:
     """A table of the data, sizes, lengths and seeds of chapters' runs at scale cpu; seeds of one setting in a study."""
-    lines = ["| chapter | data | parameters | steps | seeds of a setting |", "|---|---|---|---|---|"]
+    lines = ["| chapter | data | parameters | steps | seeds of a setting, in one study |", "|---|---|---|---|---|"]
     for stem in stems:
         grids = [grid for study in studies.of_chapter(stem) if (grid := [c for c in _grid(study) if c.steps > 1])]
         made = [config for grid in grids for config in grid]
