@@ -128,6 +128,11 @@ def says(name: str, unit: str = "", scale: str | None = None, **words: str) -> s
     return f"{words[key]} ({estimate}; chapter [{rest}"
 
 
+def reported(name: str) -> str:
+    """What the source of a claim has, in its words: `12.5% against 66.7%`."""
+    return {claim.id: claim.paper_value for stem in studies.modules() for claim in claims.of_chapter(stem)}[name]
+
+
 def tally(of: str, verdict: str) -> int:
     """How many claims of a group have a verdict; `any` counts them all."""
     if of not in ORDER:
@@ -158,7 +163,7 @@ def overall(of: str) -> str:
 def sentences(templates: Iterable[str]) -> list[str]:
     """The templates rendered by the committed state. Raises `ValueError` that names what is unknown or has no words."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    known = {function.__name__: function for function in (*advice.NUMBERS, says, tally, overall)}
+    known = {function.__name__: function for function in (*advice.NUMBERS, says, reported, tally, overall)}
     try:
         return [environment.from_string(text).render(known) for text in templates]
     except (jinja2.TemplateError, LookupError) as error:

@@ -72,6 +72,7 @@ def test_words_follow_the_verdict_and_a_verdict_without_words_fails(monkeypatch)
         scorecard.says("P1.instability", **words)
     with pytest.raises(ValueError, match=r"unknown claim .P1\.instabilit."):
         scorecard.says("P1.instabilit", **words)
+    assert scorecard.reported("KT3.fair") == "12.5% against 66.7%"
 
 
 def test_a_board_by_another_criterion_is_refused(monkeypatch):
