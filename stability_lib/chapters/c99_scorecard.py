@@ -154,9 +154,9 @@ FINDINGS = (
     'reproduced="lowers the share of runs that diverge by at least half of what is reported", contradicted="changes '
     'the share of runs that diverge by less than half of the fall that is reported", undecided="may or may not lower '
     'the share of runs that diverge by half of what is reported") }}; reported is {{ reported("KT3.fair") }}. In '
-    'models as wide as the paper\'s {{ says("KT3.fair", "points", "gpu", reproduced="it does so", contradicted="it does '
-    'no better", undecided="we cannot tell") }}. Where little is learned, of models without norms '
-    '{{ diverged("no control") }} diverge, with Pre-LN {{ diverged("Pre-LN") }}.',
+    'models as wide as the paper\'s {{ says("KT3.fair", "points", "gpu", reproduced="it does so", contradicted="it '
+    'does no better", undecided="we cannot tell") }}. Where little is learned, of models without norms {{ '
+    'diverged("no control") }} diverge, with Pre-LN {{ diverged("Pre-LN") }}.',
 
     'Of the remedies that came later {{ says("L17.muonclip-helps", "nats", reproduced="QK-clip lowers the LR '
     'sensitivity of Muon", contradicted="QK-clip does not lower it", undecided="QK-clip may lower the LR '
