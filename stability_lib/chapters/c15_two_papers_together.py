@@ -12,8 +12,8 @@ PK.kss-mass, -0.0204 [-0.0468, 0.00602], PK.warm-up-mass, -0.0246 [-0.0501, 0.00
 [-0.383, 0.543], and as leads PK.qk-blind, PK.qk-norm-mass and PK.z-loss-mass; the other eight verdicts were known.
 Twelve new seeds alone judge all sixteen now, criteria unchanged. By the scatter over the four they give the first four
 to +-0.011, +-0.012, +-0.011 and +-0.010. Their grid was committed before they were trained, that they judge alone while
-they were, before any was read. Section 4's models without remedies keep the first four seeds, as its other models have
-one.
+they were, before any was read. Section 4's models without remedies keep the four seeds that its claims had from the
+start.
 """
 
 from collections.abc import Mapping
