@@ -150,13 +150,15 @@ FINDINGS = (
     'models among them its gain over the bare fact whether a model has norms {{ says("KT2.beats-norm-type", '
     'undecided="is nothing that we can tell", reproduced="is real", contradicted="is negative") }}.',
 
-    'Where recall is learned, after a long warm-up, KSS at its paper\'s dose {{ says("KT3.fair", "points", '
+    'After a long warm-up, where models learn recall (to name the value that a key had), KSS at its paper\'s dose {{ '
+    'says("KT3.fair", '
+    '"points", '
     'reproduced="lowers the share of runs that diverge by at least half of what is reported", contradicted="changes '
     'the share of runs that diverge by less than half of the fall that is reported", undecided="may or may not lower '
     'the share of runs that diverge by half of what is reported") }}; reported is {{ reported("KT3.fair") }}. In '
     'models as wide as the paper\'s {{ says("KT3.fair", "points", "gpu", reproduced="it does so", contradicted="it '
-    'does no better", undecided="we cannot tell") }}. Where little is learned, of models without norms {{ '
-    'diverged("no control") }} diverge, with Pre-LN {{ diverged("Pre-LN") }}.',
+    'does no better", undecided="we cannot tell") }}. Without KSS, where little is learned, of models '
+    'without norms {{ diverged("no control") }} diverge, with Pre-LN {{ diverged("Pre-LN") }}.',
 
     'Of the remedies that came later {{ says("L17.muonclip-helps", "nats", reproduced="QK-clip lowers the LR '
     'sensitivity of Muon", contradicted="QK-clip does not lower it", undecided="QK-clip may lower the LR '
